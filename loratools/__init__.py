@@ -1,0 +1,51 @@
+"""LoRA adapters: convert them, fold them into models, take them out, from files alone.
+
+Public names are imported on first use, so that ``import loratools`` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+    from loratools.adapter_io import load_adapter, save_adapter
+    from loratools.errors import LoratoolsError
+    from loratools.merge import merge_into_base, unmerge_from_base
+    from loratools.report import Report
+    from loratools.summary import summarize
+
+_HOMES = {
+    "Adapter": "loratools.adapter",
+    "LoratoolsError": "loratools.errors",
+    "Report": "loratools.report",
+    "load_adapter": "loratools.adapter_io",
+    "merge_into_base": "loratools.merge",
+    "save_adapter": "loratools.adapter_io",
+    "summarize": "loratools.summary",
+    "unmerge_from_base": "loratools.merge",
+}
+
+__all__ = [
+    "Adapter",
+    "LoratoolsError",
+    "Report",
+    "load_adapter",
+    "merge_into_base",
+    "save_adapter",
+    "summarize",
+    "unmerge_from_base",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,5 @@
+"""``python -m loratools``."""
+
+from loratools.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The commands, one per file; ``options`` and ``output`` are shared by them."""

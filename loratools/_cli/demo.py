@@ -1,0 +1,26 @@
+"""``loratools demo``."""
+
+from __future__ import annotations
+
+import click
+
+from loratools._cli.options import OVERWRITE, examples, output_options
+from loratools._cli.output import Output
+from loratools._cli.startup import import_torch
+
+
+@click.command(
+    "demo", epilog=examples("loratools demo", "loratools demo -o demo-files --overwrite")
+)
+@click.option("-o", "--output", metavar="OUT", help="Keep the base, adapter and result here.")
+@OVERWRITE
+@output_options
+def command(output: str | None, overwrite: bool, out: Output) -> None:
+    """Make a small base and adapter, merge them, and prove merged == base + adapter.
+
+    The proof is a forward pass in plain code that knows nothing of the merge.
+    """
+    import_torch()
+    from loratools.demo import run_demo
+
+    out.report(run_demo(output, overwrite=overwrite))

@@ -1,0 +1,56 @@
+"""``loratools merge``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools._cli.options import (
+    DEVICE,
+    DRY_RUN,
+    DTYPE,
+    OUTPUT,
+    OVERWRITE,
+    Strengths,
+    adapters_argument,
+    examples,
+    output_options,
+)
+from loratools._cli.output import Output
+from loratools._cli.startup import import_torch
+
+
+@click.command(
+    "merge",
+    epilog=examples(
+        "loratools merge llama-3-8b my-adapter -o merged",
+        "loratools merge base style:0.7 task:-0.2 -o merged --dtype bf16 --dry-run",
+    ),
+)
+@click.argument("base")
+@adapters_argument(required=True)
+@OUTPUT
+@DTYPE
+@DEVICE
+@click.option(
+    "--residual-base",
+    is_flag=True,
+    help="BASE already lacks what PiSSA, OLoRA, CorDA ... took out of it.",
+)
+@OVERWRITE
+@DRY_RUN
+@output_options
+def command(base: str, adapters: Strengths, out: Output, **options: Any) -> None:
+    """Fold ADAPTERs into BASE and write the merged model.
+
+    BASE is a Hugging Face folder, a diffusers component folder or one .safetensors file. Each
+    ADAPTER may carry a strength after its last colon. Everything no adapter touches is copied
+    byte for byte; every adapter tensor must find its place, or nothing is written.
+    """
+    import_torch()
+    from loratools.merge import merge_into_base
+
+    with out.progress("merging") as progress:
+        report = merge_into_base(base, list(adapters), progress=progress, **options)
+    out.report(report)

@@ -1,0 +1,101 @@
+"""Options and argument types that several commands share, each declared once."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from loratools._cli.output import Output
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class StrengthParam(click.ParamType):  # type: ignore[type-arg]
+    """``ADAPTER[:STRENGTH]``: a path or reference, with a number after the last colon."""
+
+    name = "ADAPTER[:STRENGTH]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        """Split the strength off; a path that exists as it stands is never split."""
+        if isinstance(value, tuple):
+            return value
+        head, colon, tail = str(value).rpartition(":")
+        if not colon or Path(value).exists() or _is_drive(head):
+            return str(value), 1.0
+        try:
+            strength = float(tail)
+        except ValueError:
+            if Path(head).exists():
+                self.fail(f"strength {tail!r} after {head} is not a number", param, ctx)
+            return str(value), 1.0
+        if not math.isfinite(strength) or strength == 0:
+            self.fail(f"strength {tail} folds nothing; give a finite number but 0", param, ctx)
+        return head, strength
+
+
+def _is_drive(head: str) -> bool:
+    """Return whether what stands before the last colon is only a Windows drive letter."""
+    return os.name == "nt" and len(head) == 1 and head.isalpha()
+
+
+Strengths = tuple[tuple[str, float], ...]
+
+
+def adapters_argument(*, required: bool) -> Callable[[Command], Command]:
+    """Return the decorator for ``ADAPTER[:STRENGTH]...``."""
+    return click.argument(
+        "adapters",
+        nargs=-1,
+        required=required,
+        type=StrengthParam(),
+        metavar="ADAPTER[:STRENGTH]...",
+    )
+
+
+def output_options(command: Command) -> Command:
+    """Add ``--json``, ``-q`` and ``-v``; the command receives ``out``, an Output."""
+
+    @wraps(command)
+    def with_output(*args: Any, json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        return command(*args, out=Output(json, quiet, verbose), **kwargs)
+
+    flags = (
+        click.option("--json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+        click.option("-v", "--verbose", is_flag=True, help="Print every layer and note."),
+    )
+    decorated: Any = with_output
+    for flag in reversed(flags):
+        decorated = flag(decorated)
+    result: Command = decorated
+    return result
+
+
+OUTPUT = click.option(
+    "-o", "--output", required=True, metavar="OUT", help="What to write: a folder, or a file."
+)
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Plan and check everything, write nothing, exit alike."
+)
+DEVICE = click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE",
+    help="Where to compute: cpu, cuda, cuda:N, mps or auto.",
+)  # fmt: skip
+DTYPE = click.option(
+    "--dtype", default="keep", show_default=True,
+    type=click.Choice(["keep", "fp32", "bf16", "fp16"]), help="Float type of the output.",
+)  # fmt: skip
+
+
+def examples(*lines: str) -> str:
+    """Return an epilog that shows the lines as they are typed."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,183 @@
+"""The only printer: reports to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from loratools.errors import LoratoolsError
+from loratools.report import SCHEMA, Json, Note, Report
+
+if TYPE_CHECKING:
+    from loratools.streaming.rewriting import Progress
+
+_NOTES_SHOWN = 8
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Return whether ``--json`` is among the arguments, before click has parsed them."""
+    before_dashes = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in before_dashes
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How a command speaks.
+
+    Attributes:
+        json: exactly one JSON document on stdout.
+        quiet: only errors, and results that were asked for.
+        verbose: a table of layers too.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def report(self, report: Report) -> None:
+        """Show what was done."""
+        if self.json:
+            click.echo(report.to_json())
+        else:
+            if not self.quiet:
+                self._notes(report.notes)
+            if not self.quiet or report.operation == "inspect":
+                self._text(report)
+
+    def listing(self, report: Report) -> None:
+        """Show a report whose items are the answer."""
+        if self.json:
+            click.echo(report.to_json())
+        else:
+            _table(report.items)
+
+    def error(self, error: LoratoolsError) -> None:
+        """Show a failure and its next step."""
+        self._failure(type(error).__name__, error.message, error.hint)
+
+    def usage_error(self, error: click.UsageError) -> int:
+        """Show wrong usage; returns the exit code."""
+        command = error.ctx.command_path if error.ctx else "loratools"
+        hint = f"see `{command} --help`"
+        self._failure("UsageError", error.format_message(), hint)
+        return 2
+
+    def interrupted(self) -> None:
+        """Say that the user stopped the command."""
+        self._failure("Interrupted", "interrupted; nothing was written", None)
+
+    def _failure(self, kind: str, message: str, hint: str | None) -> None:
+        if self.json:
+            document = {"schema": SCHEMA, "error": kind, "message": message, "hint": hint}
+            click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+            return
+        click.echo(f"{_styled('Error:', 'red')} {message}", err=True)
+        if hint:
+            click.echo(f"{_styled('Hint:', 'cyan')} {hint}", err=True)
+
+    def _notes(self, notes: Sequence[Note]) -> None:
+        shown = notes if self.verbose else notes[:_NOTES_SHOWN]
+        for note in sorted(shown, key=lambda note: note.level):
+            word, colour = ("Warning:", "yellow") if note.level == "warning" else ("Note:", "blue")
+            subject = f"{note.subject}: " if note.subject else ""
+            click.echo(f"{_styled(word, colour)} {subject}{note.message}", err=True)
+        if len(notes) > len(shown):
+            click.echo(f"({len(notes) - len(shown)} more notes with -v or --json)", err=True)
+
+    def _text(self, report: Report) -> None:
+        click.echo(_headline(report))
+        for name, value in report.facts.items():
+            if value not in (None, [], {}):
+                click.echo(f"  {name.replace('_', ' '):<20} {_value(name, value)}")
+        if report.items and self.verbose:
+            _table(report.items)
+
+    @contextmanager
+    def progress(self, title: str, total: int | None = None) -> Iterator[Progress | None]:
+        """Yield a function that advances a bar on stderr, or None where nobody watches."""
+        if self.quiet or self.json or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda count: bar.advance(task, count)
+
+
+def _styled(word: str, colour: str) -> str:
+    return click.style(word, fg=colour, bold=True) if _colours(sys.stderr) else word
+
+
+def _colours(stream: TextIO) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ
+
+
+_DONE = {
+    "merge": ("merged", "would merge"),
+    "unmerge": ("unmerged", "would unmerge"),
+    "inspect": ("", ""),
+}
+
+
+def _headline(report: Report) -> str:
+    done, planned = _DONE.get(report.operation, (report.operation, report.operation))
+    verb = planned if report.dry_run else done
+    target = f" -> {report.output}" if report.output else ""
+    suffix = " (dry run: nothing was written)" if report.dry_run else ""
+    return f"{verb} {' + '.join(report.inputs)}{target}{suffix}".strip()
+
+
+def _value(name: str, value: Json) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        return _number(name, value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_value('', item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_value("", item) for item in value)
+    return str(value)
+
+
+def _number(name: str, value: float) -> str:
+    if name.startswith("bytes"):
+        return human_bytes(int(value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2%}" if name.startswith(("relative", "share")) else f"{value:.4g}"
+
+
+def human_bytes(count: int) -> str:
+    """Return a size in the largest unit that keeps it above 1: ``2.2 GB``."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _table(items: Sequence[Mapping[str, Json]]) -> None:
+    names = [name for name in items[0] if any(item[name] is not None for item in items)]
+    rows = [[_cell(item[name]) for name in names] for item in items]
+    widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
+    for row in [names, *rows]:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  " + line.rstrip())
+
+
+def _cell(value: Json) -> str:
+    if isinstance(value, list):
+        return "x".join(str(item) for item in value)
+    return "-" if value is None else _value("", value)

@@ -1,0 +1,126 @@
+"""Adapters from and to disk: the only module that joins a path to a format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from loratools.adapter import Adapter
+from loratools.errors import InputError, MissingFileError
+from loratools.formats import detect_format, get_format
+from loratools.formats.format import Bundle, Listing
+from loratools.tensorfiles.atomic import staged_output
+from loratools.tensorfiles.safetensors import load_tensors, save_tensors
+from loratools.tensorfiles.torch_zip import load_torch
+
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What an adapter folder's weights are called; the first that exists is read, as PEFT does."""
+
+_SIDECARS = ("adapter_config.json",)
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def load_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read the adapter at ``path``: a file, or a folder that holds exactly one.
+
+    Tensors are memory-mapped; nothing is computed.
+
+    Raises:
+        MissingFileError: nothing there, or no weights in the folder.
+        UnknownFormatError: the file is in no known adapter format.
+        MalformedAdapterError, UnsupportedError: see the format.
+    """
+    weights = find_weights(Path(path))
+    bundle = load_bundle(weights, source=str(path))
+    listing = Listing(
+        {name: tuple(tensor.shape) for name, tensor in bundle.tensors.items()},
+        bundle.metadata,
+        bundle.sidecars,
+    )
+    return detect_format(listing, str(path)).read(bundle)
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "peft",  # noqa: A002 - the word of the command line and the Hub
+    overwrite: bool = False,
+) -> None:
+    """Write ``adapter`` to ``path`` in ``format``, atomically.
+
+    Raises:
+        OptionError: unknown format.
+        UnsupportedError: the format cannot hold the adapter.
+        OutputError: ``path`` exists and ``overwrite`` is false.
+    """
+    chosen = get_format(format)
+    bundle = chosen.write(adapter)
+    target = Path(path)
+    with staged_output(target, folder=chosen.weights_file is not None, overwrite=overwrite) as work:
+        weights = work / chosen.weights_file if chosen.weights_file else work
+        save_tensors(weights, bundle.tensors, bundle.metadata)
+        for name, text in bundle.sidecars.items():
+            (weights.parent / name).write_text(text, encoding="utf-8")
+
+
+def find_weights(path: Path) -> Path:
+    """Return the weights file that ``path`` means; raises MissingFileError, InputError."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise MissingFileError(
+            f"no such file or folder: {path}", hint="check the path; relative paths start here"
+        )
+    direct = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+    if direct:
+        return direct[0]
+    nested = _nested_weights(path)
+    if len(nested) == 1:
+        return nested[0]
+    if nested:
+        names = ", ".join(str(found.parent.relative_to(path)) for found in nested)
+        raise InputError(
+            f"{path}: holds several adapters ({names})", hint="name the sub-folder of one"
+        )
+    raise _no_weights(path)
+
+
+def _nested_weights(path: Path) -> list[Path]:
+    """Return the weights of sub-folders: where PEFT puts adapters not called ``default``."""
+    folders = sorted(child for child in path.iterdir() if child.is_dir())
+    found = []
+    for folder in folders:
+        names = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]
+        found += names[:1]
+    return found
+
+
+def _no_weights(path: Path) -> MissingFileError:
+    single = sorted(child.name for child in path.glob("*.safetensors"))
+    if (path / "adapter_config.json").is_file():
+        hint = "adapter_config.json is here but the weights are not; finish the download"
+    elif (path / "config.json").is_file() or single:
+        hint = "this looks like a base model; name the adapter's folder or file instead"
+    else:
+        hint = f"an adapter folder holds {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[1]}"
+    return MissingFileError(f"{path}: no adapter weights in this folder", hint=hint)
+
+
+def load_bundle(weights: Path, source: str) -> Bundle:
+    """Read a weights file and the side files that formats look at."""
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    if weights.suffix in _TORCH_SUFFIXES:
+        tensors, metadata = load_torch(weights), {}
+    else:
+        tensors, metadata = load_tensors(weights)
+    sidecars = {
+        name: (weights.parent / name).read_text(encoding="utf-8")
+        for name in _SIDECARS
+        if (weights.parent / name).is_file()
+    }
+    return Bundle(tensors, metadata, sidecars, source)

@@ -1,0 +1,245 @@
+"""A base checkpoint: which tensors, in which file, at which bytes; its config and side files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.errors import CorruptFileError, InputError, MissingFileError, UnsupportedError
+from loratools.tensorfiles.header import Header, read_header
+from loratools.tensorfiles.sharded import check_index, read_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_SUFFIX = ".index.json"
+_SINGLE = (
+    "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)  # fmt: skip
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+_LEFT_FOLDERS = (".git", ".cache", "__pycache__")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseTensor:
+    """One tensor of a base and where its values are.
+
+    Attributes:
+        name: as the checkpoint calls it.
+        dtype: safetensors' word (``BF16``).
+        shape: as stored.
+        file: the shard that holds it.
+        start: absolute byte offset of its contiguous values in ``file``, or ``None`` when they
+            are in ``values``.
+        values: the (memory-mapped) tensor, for containers without byte ranges.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int | None = None
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weights file of a base, tensors in file order."""
+
+    path: Path
+    tensors: tuple[BaseTensor, ...]
+    metadata: Mapping[str, str]
+    header: Header | None = None
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base checkpoint as its headers describe it; no weight has been read.
+
+    Attributes:
+        path: as the user gave it.
+        shards: weights files in order.
+        index: file name of the shard index, or ``None`` for a single file.
+        index_metadata: the index's own metadata.
+        config: ``config.json`` as an object, or ``None``.
+        side_files: files beside the weights that belong to the model, relative to ``path``.
+        left_out: files that are not taken along (other copies of the weights), relative.
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    index: str | None = None
+    index_metadata: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
+    side_files: tuple[Path, ...] = ()
+    left_out: tuple[Path, ...] = ()
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the base is a folder rather than one file."""
+        return self.path.is_dir()
+
+    @cached_property
+    def tensors(self) -> Mapping[str, BaseTensor]:
+        """Every tensor by name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @cached_property
+    def main_dtype(self) -> str:
+        """The float dtype that most elements have."""
+        sizes: Counter[str] = Counter()
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                if tensor.dtype.startswith(("F", "BF")):
+                    sizes[tensor.dtype] += elements(tensor.shape)
+        return sizes.most_common(1)[0][0] if sizes else "F32"
+
+    def config_word(self, name: str) -> Any:
+        """Return a config value, from the top level or the text model's section."""
+        config = self.config or {}
+        text = config.get("text_config")
+        if name in config:
+            return config[name]
+        return text.get(name) if isinstance(text, Mapping) else None
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Return the number of elements of a shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def open_base(path: str | os.PathLike[str]) -> BaseModel:
+    """Open a Hugging Face or diffusers component folder, or one weights file.
+
+    Raises:
+        MissingFileError: nothing there, or a folder without weights.
+        CorruptFileError: headers or index that contradict themselves.
+        UnsupportedError: an adapter or a pipeline where a model belongs, or an unknown container.
+    """
+    where = Path(path)
+    if where.is_file():
+        return BaseModel(where, (_open_shard(where),))
+    if not where.is_dir():
+        raise MissingFileError(
+            f"no such file or folder: {where}", hint="check the path; relative paths start here"
+        )
+    _refuse_other_folders(where)
+    names, index = _weight_files(where)
+    shards = tuple(_open_shard(where / name) for name in names)
+    metadata = _check_index(where / index, shards) if index else None
+    used = {where / name for name in names}
+    side, left = _side_files(where, used, index)
+    return BaseModel(where, shards, index, metadata, _read_config(where), side, left)
+
+
+def _refuse_other_folders(where: Path) -> None:
+    if (where / "model_index.json").is_file():
+        raise UnsupportedError(
+            f"{where}: a diffusers pipeline, not one model",
+            hint="name one of its components, such as its unet or transformer folder",
+        )
+    if (where / "adapter_config.json").is_file() and not (where / "config.json").is_file():
+        raise InputError(
+            f"{where}: an adapter, not a base model", hint="the base comes first, then the adapters"
+        )
+
+
+def _weight_files(where: Path) -> tuple[list[str], str | None]:
+    """Return the weights' file names in order, and their index's name if they are sharded."""
+    present = {child.name for child in where.iterdir()}
+    for single in _SINGLE:
+        index = single + INDEX_SUFFIX
+        if index in present:
+            shards = set(read_index(where / index).weight_map.values())
+            return sorted(shards), index
+        if single in present:
+            return [single], None
+    others = sorted(name for name in present if name.endswith(".safetensors"))
+    if len(others) == 1:
+        return others, None
+    hint = f"a model folder holds one of: {', '.join(_SINGLE)} (or their index)"
+    if others:
+        hint = f"several weights files ({', '.join(others[:4])}): name the file itself"
+    raise MissingFileError(f"{where}: no model weights in this folder", hint=hint)
+
+
+def _check_index(index: Path, shards: tuple[Shard, ...]) -> Mapping[str, Any]:
+    found = read_index(index)
+    check_index(found, {s.path.name: [t.name for t in s.tensors] for s in shards})
+    return found.metadata
+
+
+def _open_shard(path: Path) -> Shard:
+    if path.suffix in _TORCH_SUFFIXES:
+        return _open_torch(path)
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        tensors = tuple(
+            BaseTensor(spec.name, spec.dtype, spec.shape, path, spec.start)
+            for spec in header.tensors.values()
+        )
+        return Shard(path, tensors, header.metadata, header)
+    raise UnsupportedError(
+        f"{path}: not a weights file that loratools can merge into",
+        hint="give a Hugging Face folder, a .safetensors file or a .bin/.pt checkpoint",
+    )
+
+
+def _open_torch(path: Path) -> Shard:
+    from loratools.tensorfiles.dtypes import dtype_word
+    from loratools.tensorfiles.torch_zip import load_torch
+
+    tensors = tuple(
+        BaseTensor(name, dtype_word(value.dtype), tuple(value.shape), path, values=value)
+        for name, value in load_torch(path).items()
+    )
+    return Shard(path, tensors, {"format": "pt"})
+
+
+def _read_config(where: Path) -> Mapping[str, Any] | None:
+    file = where / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{file}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CorruptFileError(f"{file}: not a JSON object")
+    return config
+
+
+def _side_files(
+    where: Path, used: set[Path], index: str | None
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Split what lies beside the weights into what comes along and what does not."""
+    side: list[Path] = []
+    left: list[Path] = []
+    for folder, folders, files in os.walk(where):
+        folders[:] = sorted(name for name in folders if name not in _LEFT_FOLDERS)
+        for name in sorted(files):
+            path = Path(folder) / name
+            if path in used or path == where / (index or ""):
+                continue
+            (left if _is_other_copy(path, where) else side).append(path.relative_to(where))
+    return tuple(side), tuple(left)
+
+
+def _is_other_copy(path: Path, where: Path) -> bool:
+    """Return whether a file holds the model's weights once more, so that a merge makes it stale."""
+    if path.suffix not in _WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
+        return False
+    # A sub-folder with its own config is another module (sentence-transformers' 2_Dense).
+    is_module = path.parent != where and (path.parent / "config.json").is_file()
+    return not (is_module and path.suffix in (".safetensors", ".bin"))

@@ -1,0 +1,101 @@
+"""The command line: a click group whose commands are imported when they run.
+
+Exit codes: 0 done; 1 failed for a stated reason; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from loratools import __version__
+from loratools._cli.output import Output, wants_json
+from loratools.errors import LoratoolsError, OptionError
+
+COMMANDS: tuple[tuple[str, str], ...] = (
+    ("merge", "Fold adapters into a base model."),
+    ("unmerge", "Take adapters out of a merged model again."),
+    ("inspect", "Say what is in an adapter or a base model."),
+    ("formats", "List the adapter formats."),
+    ("demo", "Make a small base and adapter, merge them, prove the result."),
+)
+"""Names and one-line helps; each command is ``command`` in the module of its name in ``_cli``."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command only when it is asked for it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the table's order."""
+        return [name for name, _ in COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in dict(COMMANDS):
+            return None
+        command: click.Command = import_module(f"loratools._cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or suggest the nearest name."""
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in dict(COMMANDS):
+            close = get_close_matches(name, dict(COMMANDS), n=2, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORATOOLS"},
+    epilog="Each command's --help has examples. Exit codes: 0 done, 1 failed for a stated "
+    "reason, 2 wrong usage, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="loratools")
+def cli() -> None:
+    """Work on LoRA adapters from files alone: merge, unmerge, inspect."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code; errors become messages here."""
+    output = Output(json=wants_json(arguments))
+    try:
+        code = cli.main(args=list(arguments), prog_name="loratools", standalone_mode=False)
+    except click.UsageError as error:
+        return output.usage_error(error)
+    except (KeyboardInterrupt, click.Abort):
+        output.interrupted()
+        return 130
+    except LoratoolsError as error:
+        if os.environ.get("LORATOOLS_DEBUG") == "1":
+            raise
+        output.error(error)
+        return 2 if isinstance(error, OptionError) else 1
+    except BrokenPipeError:
+        # The reader has gone (`| head`); there is nobody left to tell.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Full tensors that an adapter file brings along: replacements of a tensor or of some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from loratools.deltas.base import LayerDelta, RowFold
+
+Origin = Literal["module", "bias", "base_copy"]
+"""Why the file holds the tensor: a module trained in full (``modules_to_save``), a trained bias,
+or a copy of the base weight saved beside its adapter."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replacement(LayerDelta):
+    """A tensor that takes the place of the base's.
+
+    Attributes:
+        value: the new tensor, in the shape the base stores.
+        origin: why it is in the file.
+        expected: whether the adapter's own words announce it, so that a base without such a
+            tensor gains it; otherwise the base must have it.
+    """
+
+    kind: ClassVar[str] = "replacement"
+
+    value: Tensor
+    origin: Origin = "module"
+    expected: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"value": self.value}
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Replacement:
+        return replace(self, value=function(self.value))
+
+    def norm(self) -> None:
+        return None
+
+    def row_fold(
+        self, strength: float, *, transposed: bool = False, device: str | torch.device = "cpu"
+    ) -> RowFold:
+        value = self.value.reshape(self.value.shape[0] if self.value.dim() else 1, -1)
+        return _SubstitutionFold(value, strength, device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowReplacement(LayerDelta):
+    """Rows that take the place of the base's (trainable tokens).
+
+    Attributes:
+        rows: (n, dim).
+        indices: the n row numbers in the base matrix, in the order of ``rows``.
+    """
+
+    kind: ClassVar[str] = "rows"
+
+    rows: Tensor
+    indices: tuple[int, ...]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The smallest matrix that has these rows."""
+        return (max(self.indices, default=-1) + 1, self.rows.shape[1])
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"rows": self.rows}
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> RowReplacement:
+        return replace(self, rows=function(self.rows))
+
+    def norm(self) -> None:
+        return None
+
+    def row_fold(
+        self, strength: float, *, transposed: bool = False, device: str | torch.device = "cpu"
+    ) -> RowFold:
+        return _RowSubstitutionFold(self.rows, self.indices, strength, device)
+
+
+Extra = Replacement | RowReplacement
+
+
+class _SubstitutionFold(RowFold):
+    """Overrides the base block itself, so that other deltas act on the new weight."""
+
+    substitutes = True
+
+    def __init__(self, value: Tensor, strength: float, device: str | torch.device) -> None:
+        self.value = value
+        self.strength = strength
+        self.device = device
+
+    def substitute(self, weight: Tensor, start: int) -> None:
+        rows = self.value[start : start + len(weight)].to(self.device, weight.dtype)
+        _move(weight, rows, self.strength)
+
+    def add_change(self, change: Tensor, weight: Tensor, start: int, *, first: bool) -> None:
+        if first:
+            change.zero_()
+
+
+class _RowSubstitutionFold(_SubstitutionFold):
+    def __init__(
+        self, rows: Tensor, indices: tuple[int, ...], strength: float, device: str | torch.device
+    ) -> None:
+        super().__init__(rows, strength, device)
+        self.indices = torch.tensor(indices, dtype=torch.long)
+
+    def substitute(self, weight: Tensor, start: int) -> None:
+        inside = (self.indices >= start) & (self.indices < start + len(weight))
+        for position in inside.nonzero().flatten().tolist():
+            row = self.value[position].to(self.device, weight.dtype)
+            _move(weight[int(self.indices[position]) - start], row, self.strength)
+
+
+def _move(weight: Tensor, target: Tensor, strength: float) -> None:
+    """Set weight to weight + strength·(target − weight), exactly target at strength 1."""
+    if strength == 1.0:
+        weight.copy_(target)
+    else:
+        weight.lerp_(target, strength)

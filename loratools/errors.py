@@ -1,0 +1,67 @@
+"""Every error that loratools raises on purpose.
+
+    LoratoolsError
+    ├── InputError              what was given cannot be used
+    │   ├── MissingFileError      a path that does not exist
+    │   ├── CorruptFileError      a header, index or payload that contradicts itself
+    │   ├── UnknownFormatError    no adapter format, or more than one, fits the file
+    │   ├── MalformedAdapterError an adapter whose tensors do not belong together
+    │   ├── UnsupportedError      recognised, and refused with the reason
+    │   └── NonFiniteError        NaN or infinity where a number belongs
+    ├── MatchError              an adapter tensor finds no home in the base
+    ├── OutputError             the destination exists, is unsafe, or cannot hold the result
+    └── OptionError             options that contradict each other or the input
+
+``message`` says what and where; ``hint`` says the next step.
+"""
+
+from __future__ import annotations
+
+
+class LoratoolsError(Exception):
+    """Base class: a failure with a stated reason and, where there is one, a next step."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(LoratoolsError):
+    """What was given cannot be used."""
+
+
+class MissingFileError(InputError):
+    """A path that does not exist, or a folder without the file it should hold."""
+
+
+class CorruptFileError(InputError):
+    """A header, index or payload that contradicts itself or the file's size."""
+
+
+class UnknownFormatError(InputError):
+    """No known adapter format fits the file, or more than one does."""
+
+
+class MalformedAdapterError(InputError):
+    """Adapter tensors that do not belong together: a missing partner, ranks that differ."""
+
+
+class UnsupportedError(InputError):
+    """Something recognised that cannot be done, with the reason and the remedy."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity in an adapter, a base weight or a result."""
+
+
+class MatchError(LoratoolsError):
+    """An adapter tensor that finds no home in the base, or not exactly one."""
+
+
+class OutputError(LoratoolsError):
+    """The destination exists, would destroy an input, or cannot hold the result."""
+
+
+class OptionError(LoratoolsError):
+    """Options that contradict each other or the input."""

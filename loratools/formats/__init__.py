@@ -1,0 +1,63 @@
+"""Adapter file syntaxes, one per file; ``FORMATS`` is the table of them.
+
+Importing this package imports neither torch nor any format: a row names the module that holds
+``FORMAT``, and ``get_format`` imports it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from loratools.errors import OptionError, UnknownFormatError
+from loratools.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from loratools.formats.format import Format, Listing
+
+
+@dataclass(frozen=True, slots=True)
+class FormatRow:
+    """What the command line says of a format without importing it."""
+
+    name: str
+    title: str
+    module: str
+
+
+FORMATS: tuple[FormatRow, ...] = (
+    FormatRow("peft", "PEFT (adapter_config.json and weights)", "loratools.formats.peft"),
+)
+
+
+def get_format(name: str) -> Format:
+    """Return the format called ``name``; raises OptionError with the nearest name."""
+    for row in FORMATS:
+        if row.name == name:
+            loaded: Format = import_module(row.module).FORMAT
+            return loaded
+    names = [row.name for row in FORMATS]
+    raise OptionError(f"unknown format {name!r}", hint=did_you_mean(name, names))
+
+
+def detect_format(listing: Listing, source: str) -> Format:
+    """Return the one format whose ``matches`` accepts ``listing``.
+
+    Raises UnknownFormatError if none does, or several do.
+    """
+    found = [fmt for row in FORMATS if (fmt := get_format(row.name)).matches(listing)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(fmt.name for fmt in found)
+        raise UnknownFormatError(
+            f"{source}: fits several adapter formats ({names})",
+            hint="please report this file's key names",
+        )
+    sample = ", ".join(list(listing.shapes)[:3]) or "no tensors at all"
+    raise UnknownFormatError(
+        f"{source}: not in an adapter format that loratools knows (keys such as {sample})",
+        hint="`loratools formats` lists the formats; a PEFT file needs its adapter_config.json "
+        "beside it; a base model is not an adapter",
+    )

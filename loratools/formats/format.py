@@ -1,0 +1,71 @@
+"""The record that describes an adapter file syntax, and the values it reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.adapter import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What detection may see of a file: no values.
+
+    Attributes:
+        shapes: tensor name → shape.
+        metadata: the container's string metadata.
+        sidecars: file name → text of the small files beside the weights.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    sidecars: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bundle:
+    """An adapter file without its path: what a reader takes and a writer gives.
+
+    Attributes:
+        tensors: name → tensor, as stored.
+        metadata: the container's string metadata.
+        sidecars: file name → text.
+        source: how errors call this input.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    sidecars: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    source: str = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """An adapter syntax.
+
+    Attributes:
+        name: the word for ``--to`` and in reports.
+        title: one line for people.
+        spec: URL of the documentation or code that defines it.
+        holds: kinds of deltas (``LayerDelta.kind``) that it can express.
+        matches: whether a Listing is in this syntax; exactly one format must say yes.
+        read: Bundle → Adapter; raises MalformedAdapterError or UnsupportedError.
+        write: Adapter → Bundle; raises UnsupportedError for what it cannot hold.
+        weights_file: the weights' file name inside an adapter folder; ``None`` for formats that
+            are a single file of any name.
+    """
+
+    name: str
+    title: str
+    spec: str
+    holds: frozenset[str]
+    matches: Callable[[Listing], bool]
+    read: Callable[[Bundle], Adapter]
+    write: Callable[[Adapter], Bundle]
+    weights_file: str | None = None

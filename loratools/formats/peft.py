@@ -1,0 +1,201 @@
+"""PEFT: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
+
+Specification: https://huggingface.co/docs/peft/developer_guides/checkpoint and peft 0.21
+``utils/save_and_load.py``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from loratools.adapter import Adapter, Extra, in_natural_order
+from loratools.deltas import DoRA, LayerDelta, LoRA, Replacement, RowReplacement
+from loratools.deltas.lora import Role
+from loratools.errors import MalformedAdapterError, UnsupportedError
+from loratools.formats.format import Bundle, Format, Listing
+from loratools.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
+from loratools.formats.peft_keys import Key, classify_keys, looks_like_tuner
+from loratools.formats.peft_layers import ModuleTensors, Reading, build_layer
+from loratools.formats.peft_write import write
+
+_ATTENTION_OUT = ".base_layer.out_proj"
+
+
+def matches(listing: Listing) -> bool:
+    """Return whether the config is there, or every key carries PEFT's own prefix."""
+    if CONFIG_NAME in listing.sidecars:
+        return True
+    return bool(listing.shapes) and all(
+        name.startswith("base_model.model.") for name in listing.shapes
+    )
+
+
+def read(bundle: Bundle) -> Adapter:
+    """Read a PEFT bundle.
+
+    Args:
+        bundle: the weights, with ``adapter_config.json`` among the sidecars.
+
+    Raises:
+        MalformedAdapterError: tensors and config that contradict each other.
+        UnsupportedError: methods that no fixed weight equals.
+    """
+    config = _config(bundle)
+    notes: list[str] = []
+    keys = classify_keys(bundle.tensors, bundle.source)
+    modules = _group_factors(keys, bundle.tensors, bundle.source)
+    reading = Reading(config, notes)
+    layers = _build_layers(modules, reading)
+    extras = _build_extras(keys, bundle, config)
+    notes += _left_out(keys)
+    if not layers and not extras:
+        raise MalformedAdapterError(f"{bundle.source}: holds no adapter tensors")
+    metadata = {**bundle.metadata, CONFIG_NAME: bundle.sidecars[CONFIG_NAME]}
+    return Adapter(
+        layers=in_natural_order(layers), extras=extras, metadata=metadata, notes=tuple(notes)
+    )
+
+
+def _config(bundle: Bundle) -> PeftConfig:
+    text = bundle.sidecars.get(CONFIG_NAME)
+    if text is None:
+        raise MalformedAdapterError(
+            f"{bundle.source}: {CONFIG_NAME} is missing, so rank scaling (alpha) is unknown",
+            hint=f"put the {CONFIG_NAME} of the training run beside the weights",
+        )
+    return parse_config(text, bundle.source)
+
+
+def _group_factors(
+    keys: list[Key], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, ModuleTensors]:
+    modules: dict[str, ModuleTensors] = {}
+    for key in keys:
+        if key.kind != "factor":
+            continue
+        module = modules.setdefault(key.target, ModuleTensors(key.target))
+        if key.field in module.tensors:
+            raise MalformedAdapterError(
+                f"{source}: {key.raw} and {module.raw[key.field]} are the same tensor twice"
+            )
+        module.tensors[key.field] = tensors[key.raw]
+        module.raw[key.field] = key.raw
+        module.embedding |= key.marker.startswith("lora_embedding")
+    return modules
+
+
+def _build_layers(modules: Mapping[str, ModuleTensors], reading: Reading) -> dict[str, LayerDelta]:
+    attention = {
+        path.removesuffix(_ATTENTION_OUT) for path in modules if path.endswith(_ATTENTION_OUT)
+    }
+    layers: dict[str, LayerDelta] = {}
+    for module in modules.values():
+        home, role = _role(module, attention, reading.config.source)
+        layers[home] = build_layer(module, role, reading)
+    return layers
+
+
+def _role(module: ModuleTensors, attention: set[str], source: str) -> tuple[str, Role]:
+    path = module.path
+    if path.endswith(_ATTENTION_OUT):
+        return path.replace(".base_layer.", "."), "attention_out"
+    if path in attention:
+        return path, "attention_in"
+    if "base_layer" in path.split("."):
+        raise UnsupportedError(
+            f"{source}: {next(iter(module.raw.values()))} adapts a bare parameter "
+            "(target_parameters), which is not supported yet",
+            hint="merge it with PEFT, or retrain with target_modules on the per-expert layers",
+        )
+    return path, "embedding" if module.embedding else "linear"
+
+
+def _build_extras(keys: list[Key], bundle: Bundle, config: PeftConfig) -> dict[str, Extra]:
+    extras: dict[str, Extra] = {}
+    tokens: list[Key] = []
+    for key in keys:
+        if key.kind == "tokens":
+            tokens.append(key)
+        elif key.kind in ("token_base", "base_copy", "bias_copy", "module"):
+            extras[key.target] = _replacement(key, bundle, config)
+    for key in tokens:
+        name = f"{key.target}.weight"
+        rows = RowReplacement(bundle.tensors[key.raw], _indices(key, bundle, config))
+        # A replaced table with replaced rows on top is one replacement.
+        extras[name] = _on_top(extras[name], rows) if name in extras else rows
+    return extras
+
+
+def _replacement(key: Key, bundle: Bundle, config: PeftConfig) -> Replacement:
+    tensor = bundle.tensors[key.raw]
+    if looks_like_tuner(key.target):
+        raise MalformedAdapterError(
+            f"{bundle.source}: unexpected key {key.raw}",
+            hint="it is no tensor that a LORA adapter has; was a key renamed?",
+        )
+    if tensor.numel() == 0:
+        raise MalformedAdapterError(
+            f"{bundle.source}: {key.raw} is empty",
+            hint="saved from sharded training without gathering; save it again",
+        )
+    if key.kind == "base_copy":
+        return Replacement(tensor, "base_copy")
+    trains_bias = str(config.fields.get("bias", "none")) != "none"
+    is_bias = key.kind == "bias_copy" or (trains_bias and key.target.endswith(".bias"))
+    if is_bias:
+        return Replacement(tensor, "bias")
+    return Replacement(tensor, "module", expected=config.saves_module(key.target))
+
+
+def _on_top(table: Extra, rows: RowReplacement) -> Replacement:
+    if not isinstance(table, Replacement):
+        raise MalformedAdapterError("two sets of trainable tokens for one embedding")
+    value = table.value.clone()
+    value[list(rows.indices)] = rows.rows.to(value.dtype)
+    return Replacement(value, "module", expected=True)
+
+
+def _indices(key: Key, bundle: Bundle, config: PeftConfig) -> tuple[int, ...]:
+    configured = config.fields.get("trainable_token_indices") or config.fields.get("token_indices")
+    if isinstance(configured, Mapping):
+        configured = next(
+            (
+                indices
+                for name, indices in configured.items()
+                if key.target == name or key.target.endswith("." + name)
+            ),
+            None,
+        )
+    rows = bundle.tensors[key.raw].shape[0]
+    if not isinstance(configured, list) or len(configured) != rows:
+        found = "none" if configured is None else len(configured)
+        raise MalformedAdapterError(
+            f"{bundle.source}: {key.raw} has {rows} rows but the config lists {found} token indices"
+        )
+    if min(configured, default=0) < 0:
+        raise MalformedAdapterError(f"{bundle.source}: negative token index for {key.raw}")
+    return tuple(int(i) for i in configured)
+
+
+def _left_out(keys: list[Key]) -> list[str]:
+    words = {
+        "ignored": "are copies of untrained modules (original_module)",
+        "training": "matter only in training (VeLoRA, MonteCLoRA)",
+    }
+    counts = Counter(key.kind for key in keys if key.kind in words)
+    return [f"left out: {count} tensors that {words[kind]}" for kind, count in counts.items()]
+
+
+FORMAT = Format(
+    name="peft",
+    title="PEFT (adapter_config.json and weights)",
+    spec="https://huggingface.co/docs/peft/developer_guides/checkpoint",
+    holds=frozenset({LoRA.kind, DoRA.kind, Replacement.kind, RowReplacement.kind}),
+    matches=matches,
+    read=read,
+    write=write,
+    weights_file="adapter_model.safetensors",
+)

@@ -1,0 +1,169 @@
+"""PEFT's ``adapter_config.json``: what its fields mean for the weights, and a minimal one.
+
+Source: peft 0.21 ``tuners/lora/config.py`` and ``utils/other.py`` (pattern matching).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratools.errors import MalformedAdapterError, UnsupportedError
+
+CONFIG_NAME = "adapter_config.json"
+_DEFAULT_RANK = 8
+_DEFAULT_ALPHA = 8
+
+NOT_WEIGHTS = frozenset(
+    {
+        "PROMPT_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "ADAPTION_PROMPT",
+        "CPT",
+        "CARTRIDGE",
+        "SHADOW",
+    }
+)
+INPUT_DEPENDENT = frozenset({"XLORA", "POLY", "LILY"})
+READABLE_TYPES = ("LORA", "TRAINABLE_TOKENS")
+
+_REFUSED_FIELDS: Mapping[str, tuple[str, str]] = {
+    "alora_invocation_tokens": (
+        "an activated LoRA acts only after its invocation tokens, so no fixed weight equals it",
+        "serve it as an adapter",
+    ),
+    "arrow_config": (
+        "Arrow routes between adapters at run time, so no fixed weight equals it",
+        "merge one of its adapters by itself",
+    ),
+    "layer_replication": (
+        "the adapter counts replicated layers that the base checkpoint does not store",
+        "write the expanded base with transformers first, then merge into that",
+    ),
+    "target_parameters": (
+        "LoRA on bare parameters (fused mixture-of-experts tensors) is not supported yet",
+        "merge it with PEFT, or retrain with target_modules on the per-expert layers",
+    ),
+}
+
+# Modules that PEFT saves by itself for a task type.
+_HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_MOVED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """A parsed adapter_config.json of a kind that can be folded.
+
+    Attributes:
+        fields: the JSON object, untouched.
+        source: how errors call the file.
+    """
+
+    fields: Mapping[str, Any]
+    source: str
+
+    def flag(self, name: str) -> bool:
+        """Return whether the field is set to something true."""
+        return bool(self.fields.get(name))
+
+    @property
+    def start(self) -> str | None:
+        """The initialisation that moved the base (its full word), or None."""
+        word = self.fields.get("init_lora_weights")
+        moved = isinstance(word, str) and word.lower().startswith(_MOVED_STARTS)
+        return str(word).lower() if moved else None
+
+    def rank(self, module: str) -> int:
+        """Return the configured rank of a module, by rank_pattern or the default."""
+        value = self._patterned("rank_pattern", module, self.fields.get("r", _DEFAULT_RANK))
+        return int(self._number("r", value))
+
+    def scale(self, module: str) -> float:
+        """Return alpha/r or alpha/√r (rank-stabilised) of a module, in PEFT's way."""
+        default = self.fields.get("lora_alpha", _DEFAULT_ALPHA)
+        alpha = self._number("lora_alpha", self._patterned("alpha_pattern", module, default))
+        rank = self.rank(module)
+        if rank <= 0:
+            raise MalformedAdapterError(f"{self.source}: rank {rank} for {module} in {CONFIG_NAME}")
+        return alpha / (rank**0.5 if self.flag("use_rslora") else rank)
+
+    def saves_module(self, name: str) -> bool:
+        """Return whether ``modules_to_save`` covers the tensor (PEFT: endswith, without a dot)."""
+        entries = [*(self.fields.get("modules_to_save") or []), *self._head_names()]
+        parts = name.split(".")
+        ancestors = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(a.endswith(str(entry)) for a in ancestors for entry in entries)
+
+    def _head_names(self) -> tuple[str, ...]:
+        return _HEADS.get(str(self.fields.get("task_type") or ""), ())
+
+    def _patterned(self, field: str, module: str, default: Any) -> Any:
+        patterns = self.fields.get(field) or {}
+        if not isinstance(patterns, Mapping):
+            raise MalformedAdapterError(f"{self.source}: {field} is not an object")
+        for pattern, value in patterns.items():
+            if pattern_matches(pattern, module, f"{self.source}: {field}"):
+                return value
+        return default
+
+    def _number(self, field: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise MalformedAdapterError(f"{self.source}: {field} is {value!r}, not a number")
+        return float(value)
+
+
+def pattern_matches(pattern: str, module: str, where: str) -> bool:
+    """Return whether a rank/alpha pattern selects a module, as PEFT's get_pattern_key does."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as error:
+        raise MalformedAdapterError(
+            f"{where} has {pattern!r}, which is not a regular expression ({error})",
+            hint=f"correct the pattern in {CONFIG_NAME}",
+        ) from error
+
+
+def parse_config(text: str, source: str) -> PeftConfig:
+    """Parse adapter_config.json and refuse what cannot be folded, with the reason.
+
+    Raises MalformedAdapterError for broken JSON, UnsupportedError for other PEFT methods.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MalformedAdapterError(f"{source}: {CONFIG_NAME} is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise MalformedAdapterError(f"{source}: {CONFIG_NAME} is not a JSON object")
+    config = PeftConfig(fields, source)
+    _refuse_type(str(fields.get("peft_type", "")).upper(), source)
+    for name, (reason, remedy) in _REFUSED_FIELDS.items():
+        if fields.get(name):
+            raise UnsupportedError(f"{source}: {name} is set: {reason}", hint=remedy)
+    return config
+
+
+def _refuse_type(peft_type: str, source: str) -> None:
+    if peft_type in READABLE_TYPES:
+        return
+    if not peft_type:
+        raise MalformedAdapterError(f"{source}: {CONFIG_NAME} has no peft_type")
+    if peft_type in NOT_WEIGHTS:
+        reason = "it changes the prompt or the activations, not the weights"
+    elif peft_type in INPUT_DEPENDENT:
+        reason = "its change depends on the input, so no fixed weight equals it"
+    else:
+        reason = "loratools does not read this method yet"
+    raise UnsupportedError(
+        f"{source}: PEFT method {peft_type}: {reason}",
+        hint="serve it as an adapter with PEFT",
+    )

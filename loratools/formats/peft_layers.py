@@ -1,0 +1,150 @@
+"""From PEFT's tensors of one module to its delta, with every variant resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loratools.deltas import DoRA, LayerDelta, LoRA, MovedBase
+from loratools.deltas.lora import Role
+from loratools.errors import MalformedAdapterError
+from loratools.formats.peft_config import PeftConfig
+
+_HUSK_HINT = (
+    "the file was saved from sharded training (DeepSpeed ZeRO-3 or FSDP) without gathering the "
+    "weights; gather them (stage3_gather_16bit_weights_on_model_save, FULL_STATE_DICT) and save "
+    "again"
+)
+# PEFT up to at least 0.21 adds out_proj's delta twice, in forward and in merge (PR #3774), so a
+# trained nn.MultiheadAttention adapter means twice the product.
+_ATTENTION_OUT_FACTOR = 2.0
+
+
+@dataclass(slots=True)
+class ModuleTensors:
+    """The tensors of one module by field, and the PEFT words and names they came under."""
+
+    path: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    raw: dict[str, str] = field(default_factory=dict)
+    embedding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader needs besides the tensors."""
+
+    config: PeftConfig
+    notes: list[str]
+
+
+def build_layer(module: ModuleTensors, role: Role, reading: Reading) -> LayerDelta:
+    """Return the module's delta; raises MalformedAdapterError naming the tensor at fault."""
+    _check_shapes(module, reading.config)
+    lora = _plain_lora(module, role, reading)
+    if "magnitude" in module.tensors:
+        return DoRA(lora, _magnitude(module, lora))
+    return _with_start(lora, module, reading.config)
+
+
+def _check_shapes(module: ModuleTensors, config: PeftConfig) -> None:
+    for name, tensor in module.tensors.items():
+        if tensor.numel() == 0 or (tensor.dim() < 2 and name in ("down", "up")):
+            raise MalformedAdapterError(
+                f"{config.source}: {module.raw[name]} has shape {tuple(tensor.shape)}, "
+                "not a matrix",
+                hint=_HUSK_HINT,
+            )
+    for name, partner in (("down", "lora_B"), ("up", "lora_A")):
+        if name in module.tensors and len({"down", "up"} & module.tensors.keys()) < 2:
+            raise MalformedAdapterError(
+                f"{config.source}: {module.raw[name]} has no {partner} beside it",
+                hint="the file is incomplete or a key was renamed; save the adapter again",
+            )
+    if "down" not in module.tensors:
+        raise MalformedAdapterError(
+            f"{config.source}: {next(iter(module.raw.values()))} has no lora_A and lora_B beside it"
+        )
+    if config.flag("use_dora") != ("magnitude" in module.tensors):
+        raise MalformedAdapterError(
+            f"{config.source}: use_dora is {config.flag('use_dora')} in the config but "
+            f"{module.path} has {'a' if 'magnitude' in module.tensors else 'no'} "
+            "lora_magnitude_vector",
+            hint="correct use_dora in adapter_config.json, or save the adapter again",
+        )
+
+
+def _plain_lora(module: ModuleTensors, role: Role, reading: Reading) -> LoRA:
+    down, up = _expanded(module, reading.config)
+    rank = down.shape[0]
+    if up.shape[1] != rank:
+        raise MalformedAdapterError(
+            f"{reading.config.source}: ranks disagree: {module.raw['down']} is "
+            f"{tuple(module.tensors['down'].shape)} and {module.raw['up']} is "
+            f"{tuple(module.tensors['up'].shape)}"
+        )
+    configured = reading.config.rank(module.path)
+    if configured != rank:
+        reading.notes.append(
+            f"{module.path}: the tensors have rank {rank} but the config says {configured}; "
+            "PEFT scales by the config's, so does loratools"
+        )
+    scale = reading.config.scale(module.path)
+    if role == "attention_out":
+        scale *= _ATTENTION_OUT_FACTOR
+    return LoRA(down, up, scale * rank, module.tensors.get("bias"), role)
+
+
+def _expanded(module: ModuleTensors, config: PeftConfig) -> tuple[Tensor, Tensor]:
+    """Return plain (down, up): diagonals folded in, block-diagonal factors written out."""
+    down, up = module.tensors["down"], module.tensors["up"]
+    if "diagonal" in module.tensors:
+        diagonal = module.tensors["diagonal"].to(torch.float32)
+        down = down.to(torch.float32) * diagonal[:, None]
+    blocks = config.fields.get("use_bdlora")
+    return _block_diagonal(module.path, down, up, blocks) if blocks else (down, up)
+
+
+def _block_diagonal(
+    path: str, down: Tensor, up: Tensor, blocks: Mapping[str, object]
+) -> tuple[Tensor, Tensor]:
+    """Write BD-LoRA's compact factor out: its row blocks stand on a diagonal."""
+    count = int(str(blocks["nblocks"]))
+    leaf = path.rsplit(".", 1)[-1]
+
+    def chosen(name: str) -> bool:
+        patterns = blocks.get(name) or []
+        return isinstance(patterns, list) and any(str(p) in leaf for p in patterns)
+
+    if chosen("target_modules_bd_a"):
+        down = _on_diagonal(down, count)
+    elif chosen("target_modules_bd_b"):
+        up = _on_diagonal(up, count)
+    return down, up
+
+
+def _on_diagonal(factor: Tensor, count: int) -> Tensor:
+    blocks: Tensor = torch.block_diag(*torch.chunk(factor, count, dim=0))
+    return blocks
+
+
+def _magnitude(module: ModuleTensors, lora: LoRA) -> Tensor:
+    magnitude = module.tensors["magnitude"].flatten()
+    if magnitude.shape[0] != lora.weight_shape[0]:
+        raise MalformedAdapterError(
+            f"{module.raw['magnitude']} has {magnitude.shape[0]} elements for "
+            f"{lora.weight_shape[0]} outputs"
+        )
+    return magnitude
+
+
+def _with_start(lora: LoRA, module: ModuleTensors, config: PeftConfig) -> LayerDelta:
+    if "diagonal" in module.tensors:
+        return MovedBase(lora, "kasa")
+    # PEFT moves the base of linear layers only.
+    if config.start is None or lora.role != "linear" or len(lora.weight_shape) != 2:
+        return lora
+    return MovedBase(lora, config.start)

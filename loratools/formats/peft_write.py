@@ -1,0 +1,159 @@
+"""Writing PEFT: tensor names of each delta, and a minimal adapter_config.json that reloads.
+
+Only fields that differ from PEFT's defaults are written, because versions before October 2024
+refuse fields they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from loratools.adapter import Adapter, Extra
+from loratools.deltas import DoRA, LayerDelta, LoRA, MovedBase, RowReplacement
+from loratools.errors import UnsupportedError
+from loratools.formats.format import Bundle
+from loratools.formats.peft_config import CONFIG_NAME, pattern_matches
+
+_PREFIX = "base_model.model."
+# peft 0.21 writes the fields used here; older readers ignore or do not meet them.
+_PEFT_VERSION = "0.21.2"
+# Fields of a config that was read which stay true whatever the weights became.
+_CARRIED = (
+    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out",
+    "exclude_modules", "trainable_token_indices", "token_indices", "bias", "ensure_weight_tying",
+    "modules_to_save", "init_lora_weights",
+)  # fmt: skip
+
+
+def write(adapter: Adapter) -> Bundle:
+    """Write the adapter as PEFT tensors and config; raises UnsupportedError for other kinds."""
+    tensors: dict[str, Tensor] = {}
+    for path, delta in adapter.layers.items():
+        for name, tensor in _layer_tensors(path, delta):
+            tensors[_PREFIX + name] = tensor.contiguous()
+    for name, extra in adapter.extras.items():
+        stored, tensor = _extra_tensor(name, extra, adapter)
+        tensors[_PREFIX + stored] = tensor.contiguous()
+    config = json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n"
+    return Bundle(tensors, {"format": "pt"}, {CONFIG_NAME: config})
+
+
+def _layer_tensors(path: str, delta: LayerDelta) -> Iterator[tuple[str, Tensor]]:
+    lora = _inner_lora(path, delta)
+    if lora.role == "embedding":
+        yield f"{path}.lora_embedding_A", lora.down
+        yield f"{path}.lora_embedding_B", lora.up
+    else:
+        module = _stored_path(path, lora)
+        yield f"{module}.lora_A.weight", lora.down
+        yield f"{module}.lora_B.weight", lora.up
+    if lora.bias is not None:
+        yield f"{path}.lora_B.bias", lora.bias
+    if isinstance(delta, DoRA):
+        yield f"{path}.lora_magnitude_vector", _stored_magnitude(delta)
+
+
+def _inner_lora(path: str, delta: LayerDelta) -> LoRA:
+    if isinstance(delta, LoRA):
+        return delta
+    if isinstance(delta, (DoRA, MovedBase)):
+        return delta.lora
+    raise UnsupportedError(
+        f"{path}: PEFT's LoRA format cannot hold a {delta.kind} delta",
+        hint="convert it to plain LoRA first, or merge it",
+    )
+
+
+def _stored_path(path: str, lora: LoRA) -> str:
+    if lora.role != "attention_out":
+        return path
+    module, _, leaf = path.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module else f"base_layer.{leaf}"
+
+
+def _stored_magnitude(delta: DoRA) -> Tensor:
+    # PEFT keeps a convolution's magnitude as (1, out, 1...).
+    spatial = len(delta.weight_shape) - 2
+    if spatial == 0:
+        return delta.magnitude
+    return delta.magnitude.reshape(1, -1, *([1] * spatial))
+
+
+def _extra_tensor(name: str, extra: Extra, adapter: Adapter) -> tuple[str, Tensor]:
+    module, _, leaf = name.rpartition(".")
+    if isinstance(extra, RowReplacement):
+        standalone = not adapter.layers
+        infix = "" if standalone else "token_adapter."
+        return f"{module}.{infix}trainable_tokens_delta", extra.rows
+    if extra.origin == "base_copy" or (extra.origin == "bias" and module in adapter.layers):
+        return f"{module}.base_layer.{leaf}", extra.value
+    return name, extra.value
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    read = json.loads(adapter.metadata.get(CONFIG_NAME, "{}"))
+    config = {name: read[name] for name in _CARRIED if read.get(name) not in (None, {}, [])}
+    config["peft_version"] = _PEFT_VERSION
+    if not adapter.layers:
+        return {**config, "peft_type": str(read.get("peft_type", "TRAINABLE_TOKENS"))}
+    loras = {path: _inner_lora(path, delta) for path, delta in adapter.layers.items()}
+    ranks = {path: lora.rank for path, lora in loras.items()}
+    alphas = {path: _stored_alpha(lora) for path, lora in loras.items()}
+    config |= {
+        "peft_type": "LORA",
+        "r": (rank := _usual(ranks)),
+        "lora_alpha": (alpha := _usual(alphas)),
+        "target_modules": _targets(adapter, loras, read),
+        **_pattern("rank_pattern", ranks, rank),
+        **_pattern("alpha_pattern", alphas, alpha),
+    }
+    if any(isinstance(delta, DoRA) for delta in adapter.layers.values()):
+        config["use_dora"] = True
+    if any(lora.bias is not None for lora in loras.values()):
+        config["lora_bias"] = True
+    return config
+
+
+def _stored_alpha(lora: LoRA) -> float:
+    alpha = lora.alpha / 2 if lora.role == "attention_out" else lora.alpha
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _usual(values: Mapping[str, float]) -> float:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _pattern(name: str, values: Mapping[str, float], usual: float) -> dict[str, Any]:
+    """Return the pattern field, or nothing where every module has the usual value.
+
+    A full path used as a pattern also selects any longer path that ends in it, so longer paths
+    come first, and a module that a shorter one would catch gets a row of its own.
+    """
+    odd = {path: value for path, value in values.items() if value != usual}
+    caught = {
+        path: value
+        for path, value in values.items()
+        if path not in odd and any(pattern_matches(key, path, name) for key in odd)
+    }
+    rows = {**odd, **caught}
+    ordered = sorted(rows, key=lambda path: (-len(path), path))
+    return {name: {path: rows[path] for path in ordered}} if rows else {}
+
+
+def _targets(adapter: Adapter, loras: Mapping[str, LoRA], read: Mapping[str, Any]) -> list[str]:
+    """Return the targets as read, if they still select every layer; else the full paths."""
+    paths = [
+        path.removesuffix(".out_proj") if lora.role == "attention_out" else path
+        for path, lora in loras.items()
+    ]
+    targets = read.get("target_modules")
+    if isinstance(targets, list) and all(
+        any(path == t or path.endswith("." + t) for t in targets) for path in paths
+    ):
+        return sorted(str(t) for t in targets)
+    return sorted(set(paths))

@@ -1,0 +1,56 @@
+"""Finding a module's tensor among a checkpoint's names: lookups and rows, never string guessing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from loratools.keymaps.transformers_rows import PREFIXES
+from loratools.suggest import nearest
+
+
+class NameIndex:
+    """A checkpoint's tensor names, searched under every naming a model goes by."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self._by_ending: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self.names):
+            self._by_ending[_ending(name)].append(name)
+
+    def find(self, name: str) -> list[str]:
+        """Return the checkpoint's names for ``name``: none, the one, or several if ambiguous.
+
+        The first rule that finds anything decides: the name itself; a row of ``PREFIXES``; a
+        longer name that ends in it; the name without its leading parts.
+        """
+        if name in self.names:
+            return [name]
+        return self._renamed(name) or self._longer(name) or self._shorter(name)
+
+    def nearest(self, name: str) -> list[str]:
+        """Return names that resemble ``name``, to suggest in an error."""
+        same_ending = self._by_ending.get(_ending(name), [])
+        return nearest(name, same_ending or self.names)
+
+    def _renamed(self, name: str) -> list[str]:
+        found = {
+            target + name.removeprefix(source)
+            for row in PREFIXES
+            for source, target in (row, row[::-1])
+            if name.startswith(source)
+        }
+        return sorted(found & self.names)
+
+    def _longer(self, name: str) -> list[str]:
+        return [n for n in self._by_ending.get(_ending(name), []) if n.endswith("." + name)]
+
+    def _shorter(self, name: str) -> list[str]:
+        parts = name.split(".")
+        # At least a module and its parameter must remain.
+        tails = (".".join(parts[start:]) for start in range(1, len(parts) - 1))
+        return [tail for tail in tails if tail in self.names][:1]
+
+
+def _ending(name: str) -> str:
+    return ".".join(name.split(".")[-2:])

@@ -1,0 +1,67 @@
+"""Rows about transformers' models: prefixes, tied tensors, transposed layers.
+
+Source: transformers 5.23 ``conversion_mapping.py``, ``_tied_weights_keys`` of the modelling
+files, and the users of ``pytorch_utils.Conv1D``.
+"""
+
+from __future__ import annotations
+
+PREFIXES: tuple[tuple[str, str], ...] = (
+    # module names in memory (transformers >= 4.52), names on disk
+    ("model.language_model.", "language_model.model."),
+    ("model.language_model.", "model."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.vision_model.", "vision_model."),
+    ("model.visual.", "visual."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.audio_tower.", "audio_tower."),
+    ("lm_head.", "language_model.lm_head."),
+    ("lm_head.", "embed_out."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""Pairs of prefixes under which the same module goes, in either direction."""
+
+TIED: tuple[tuple[str, str], ...] = (
+    # output module, input module
+    ("lm_head", "model.embed_tokens"),
+    ("lm_head", "model.language_model.embed_tokens"),
+    ("language_model.lm_head", "language_model.model.embed_tokens"),
+    ("lm_head", "transformer.wte"),
+    ("lm_head", "model.decoder.embed_tokens"),
+    ("proj_out", "model.decoder.embed_tokens"),
+    ("lm_head", "model.text_model.embed_tokens"),
+    ("lm_head", "backbone.embeddings"),
+    ("pred_layer.proj", "transformer.embeddings"),
+    ("lm_head", "transformer.word_embeddings"),
+    ("lm_head", "transformer.tokens_embed"),
+    ("lm_head", "gpt_neox.embed_in"),
+    ("embed_out", "gpt_neox.embed_in"),
+    ("lm_head", "model.shared"),
+    ("lm_head", "shared"),
+    ("decoder", "model.embeddings.tok_embeddings"),
+    ("cls.predictions.decoder", "bert.embeddings.word_embeddings"),
+    ("lm_head.decoder", "roberta.embeddings.word_embeddings"),
+    ("lm_head.decoder", "esm.embeddings.word_embeddings"),
+    ("vocab_projector", "distilbert.embeddings.word_embeddings"),
+    ("generator_lm_head", "electra.embeddings.word_embeddings"),
+    ("head", "rwkv.embeddings"),
+)
+"""Pairs (output head, input embedding) that share one tensor when the config says so."""
+
+HEADS: tuple[str, ...] = (
+    "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining",
+    "DoubleHeadsModel", "WithLMHeadModel",
+)  # fmt: skip
+"""Endings of the architectures that have an output head over the vocabulary."""
+
+UNTYING_CHANGES_FORWARD: frozenset[str] = frozenset(
+    {"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct_text_model", "udop"}
+)
+"""Model types whose forward pass scales the decoder's output when (and only when) tied."""
+
+CONV1D_TYPES: frozenset[str] = frozenset(
+    {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+)
+CONV1D_LEAVES: frozenset[str] = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+"""Layers that store (in, out): transformers' Conv1D."""

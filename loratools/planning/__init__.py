@@ -1,0 +1,1 @@
+"""What lands on which tensor, decided from headers alone."""

@@ -1,0 +1,269 @@
+"""Planning a merge from headers alone: what lands on which tensor, and what the output is."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratools.adapter import Adapter
+from loratools.adapter_io import load_adapter
+from loratools.basemodel import BaseModel, BaseTensor
+from loratools.deltas import Replacement
+from loratools.errors import MatchError, NonFiniteError, OptionError, UnsupportedError
+from loratools.planning.placement import Placement, place_adapters
+from loratools.planning.tied_embeddings import Tie, find_tie, resolve_tie
+from loratools.report import Json, Note
+from loratools.streaming.blocks import MakeFolds, TensorWork
+from loratools.streaming.checkpoint import DTYPE_WORDS, Checkpoint, output_dtype, plan_checkpoint
+from loratools.tensorfiles.dtypes import FLOAT_WORDS, dtype_word
+
+PathLike = str | os.PathLike[str]
+AdapterInput = PathLike | tuple[PathLike, float]
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter with its user's strength.
+
+    Attributes:
+        path: as the user gave it.
+        strength: the multiplier on its change.
+        adapter: the tensors.
+    """
+
+    path: str
+    strength: float
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """What a merge will do, from headers alone.
+
+    Attributes:
+        checkpoint: the output.
+        placements: output tensor name → what lands on it.
+        notes: decisions to report.
+    """
+
+    checkpoint: Checkpoint
+    placements: Mapping[str, tuple[Placement, ...]]
+    notes: tuple[Note, ...]
+
+
+def load_adapters(
+    adapters: AdapterInput | Sequence[AdapterInput], *, allow_none: bool = False
+) -> list[LoadedAdapter]:
+    """Read the adapters and check strengths and values.
+
+    Raises:
+        OptionError: no adapter, or a strength that is 0 or not finite.
+        NonFiniteError: NaN or infinity in an adapter, naming the tensor.
+    """
+    given: Sequence[AdapterInput]
+    single = isinstance(adapters, (str, os.PathLike)) or _is_pair(adapters)
+    given = [adapters] if single else adapters  # type: ignore[assignment, list-item]
+    if not given and not allow_none:
+        raise OptionError("no adapter given", hint="name at least one adapter after the base")
+    loaded = []
+    for item in given:
+        path, strength = item if isinstance(item, tuple) else (item, 1.0)
+        if not math.isfinite(strength) or strength == 0:
+            raise OptionError(
+                f"{path}: strength {strength} folds nothing",
+                hint="give a finite strength other than 0, or leave the adapter out",
+            )
+        adapter = load_adapter(path)
+        check_finite(adapter, str(path))
+        loaded.append(LoadedAdapter(str(path), float(strength), adapter))
+    return loaded
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], (int, float))
+
+
+def check_finite(adapter: Adapter, source: str) -> None:
+    """Raise NonFiniteError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in adapter.named_tensors():
+        # In chunks: a replaced embedding may be as large as a gigabyte.
+        for chunk in torch.split(tensor.flatten(), _CHUNK):
+            if not bool(torch.isfinite(chunk).all()):
+                kind = "NaN" if bool(torch.isnan(chunk).any()) else "infinity"
+                raise NonFiniteError(
+                    f"{source}: {name} holds {kind}",
+                    hint="training diverged or the file is damaged; use an earlier checkpoint",
+                )
+
+
+def plan_merge(
+    base: BaseModel,
+    loaded: Sequence[LoadedAdapter],
+    *,
+    dtype: str = "keep",
+    residual_base: bool = False,
+) -> MergePlan:
+    """Decide from headers alone what lands where, and lay out the output.
+
+    Raises:
+        MatchError, UnsupportedError: see ``place_adapters`` and ``resolve_tie``.
+        OptionError: an unknown dtype.
+    """
+    if dtype != "keep" and dtype not in DTYPE_WORDS:
+        raise OptionError(
+            f"unknown dtype {dtype!r}", hint=f"use keep, {', '.join(DTYPE_WORDS)} with --dtype"
+        )
+    _refuse_quantised(base)
+    tie = find_tie(base)
+    tied_heads = {tie.head: tie.input} if tie and tie.tied and not tie.stored else {}
+    placed = place_adapters(
+        base,
+        [(one.adapter, one.strength) for one in loaded],
+        tied_heads=tied_heads,
+        residual_base=residual_base,
+    )
+    untied = resolve_tie(base, tie, placed.by_tensor)
+    works: dict[str, TensorWork] = {}
+    notes: list[Note] = []
+    for name, placements in untied.by_tensor.items():
+        source = base.tensors.get(untied.sources.get(name, name))
+        works[name] = _work(name, placements, source, base, dtype)
+        notes += _work_notes(works[name], placements, source)
+    config = {**untied.config, **_vocabulary(base, tie, works)}
+    checkpoint = plan_checkpoint(base, works, config=config, dtype=dtype)
+    words = [*(f"{one.path}: {n}" for one in loaded for n in one.adapter.notes), *placed.notes]
+    words += [*untied.notes, *(f"added to the base: {name}" for name in placed.added)]
+    words += _config_notes(base, config)
+    all_notes = (*(Note(word) for word in words), *notes, *_left_out(base))
+    return MergePlan(checkpoint, untied.by_tensor, all_notes)
+
+
+def _refuse_quantised(base: BaseModel) -> None:
+    scheme = base.config_word("quantization_config")
+    if not scheme:
+        return
+    method = scheme.get("quant_method", "unknown") if isinstance(scheme, Mapping) else scheme
+    raise UnsupportedError(
+        f"{base.path}: the base is quantised ({method}), which merge does not read yet",
+        hint="merge into the 16-bit original of this base",
+    )
+
+
+def _work(
+    name: str,
+    placements: tuple[Placement, ...],
+    source: BaseTensor | None,
+    base: BaseModel,
+    dtype: str,
+) -> TensorWork:
+    """Return the output tensor: a new or resized one starts from the adapter's own values."""
+    replacement = _replacement(name, placements)
+    if source is None or (replacement and replacement.new_shape != source.shape):
+        assert replacement is not None
+        word = source.dtype if source else base.main_dtype
+        source = _own_values(name, replacement)
+        placements = tuple(p for p in placements if p.new_shape is None)
+    else:
+        word = source.dtype
+    if word not in FLOAT_WORDS and placements:
+        raise UnsupportedError(
+            f"{name}: stored as {word}, a quantised or integer type that merge cannot fold into",
+            hint="merge into the 16-bit original of this base",
+        )
+    folds = _fold_maker(placements) if placements else None
+    return TensorWork(name, output_dtype(word, dtype), source.shape, source, folds)
+
+
+def _fold_maker(placements: tuple[Placement, ...]) -> MakeFolds:
+    return lambda device: [placement.fold(device) for placement in placements]
+
+
+def _replacement(name: str, placements: Sequence[Placement]) -> Placement | None:
+    """Return the placement that replaces the tensor as a whole; two different ones collide."""
+    found = [p for p in placements if isinstance(p.delta, Replacement)]
+    values = [p.delta.tensors()["value"] for p in found]
+    for placement, value in zip(found[1:], values[1:], strict=True):
+        if value.shape != values[0].shape or not torch.equal(value, values[0]):
+            raise MatchError(
+                f"{name}: adapters {found[0].adapter + 1} and {placement.adapter + 1} both replace "
+                "it, with different values",
+                hint="merge one of them first, or take the tensor out of the other",
+            )
+    return found[0] if found else None
+
+
+def _own_values(name: str, placement: Placement) -> BaseTensor:
+    value = placement.delta.tensors()["value"]
+    return BaseTensor(
+        name, dtype_word(value.dtype), tuple(value.shape), Path(placement.module), values=value
+    )
+
+
+def _work_notes(
+    work: TensorWork, placements: Sequence[Placement], source: BaseTensor | None
+) -> Iterator[Note]:
+    replacement = _replacement(work.name, placements)
+    if replacement is None:
+        return
+    stored = dtype_word(replacement.delta.tensors()["value"].dtype)
+    if stored != work.dtype:
+        yield Note(f"replaced: stored as {stored}, written as {work.dtype}", subject=work.name)
+    resized = source is not None and work.shape != source.shape
+    if source is not None and resized:
+        yield Note(f"resized from {source.shape} to {work.shape}", subject=work.name)
+    if replacement.strength != 1.0 and (source is None or resized):
+        yield Note(
+            f"strength {replacement.strength} has nothing to act on: written as the adapter has it",
+            "warning",
+            work.name,
+        )
+
+
+def _vocabulary(
+    base: BaseModel, tie: Tie | None, works: Mapping[str, TensorWork]
+) -> dict[str, int]:
+    """Return the new vocabulary size, if the embeddings were resized; both must agree."""
+    if tie is None or tie.input not in base.tensors:
+        return {}
+    before = base.tensors[tie.input].shape[0]
+
+    def rows(name: str) -> int | None:
+        if name in works:
+            return works[name].shape[0]
+        return base.tensors[name].shape[0] if name in base.tensors else None
+
+    after, head = rows(tie.input), rows(tie.head)
+    if head is not None and after != head and (after != before or head != before):
+        raise MatchError(
+            f"{tie.input} has {after} rows but {tie.head} has {head}",
+            hint="save the adapter with save_embedding_layers=True so that it brings both",
+        )
+    changed = after is not None and after != before
+    return {"vocab_size": after} if changed and after is not None else {}
+
+
+def _config_notes(base: BaseModel, config: Mapping[str, Any]) -> list[str]:
+    if not config or base.config is None:
+        return [f"no config.json to correct: {k} should be {v}" for k, v in config.items()]
+    return [f"config.json: {key} is now {json_word(value)}" for key, value in config.items()]
+
+
+def json_word(value: Json) -> str:
+    """Return a config value as JSON spells it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _left_out(base: BaseModel) -> list[Note]:
+    if not base.left_out:
+        return []
+    names = ", ".join(str(path) for path in base.left_out[:6])
+    more = f" and {len(base.left_out) - 6} more" if len(base.left_out) > 6 else ""
+    return [Note(f"left out, because the merge makes them stale: {names}{more}")]

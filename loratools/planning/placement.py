@@ -1,0 +1,270 @@
+"""Which adapter layer lands on which base tensor, and which way round; or why it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loratools.adapter import Adapter
+from loratools.basemodel import BaseModel
+from loratools.deltas import LayerDelta, MovedBase, Replacement, RowFold, RowReplacement
+from loratools.deltas.base import ShiftFold
+from loratools.errors import MatchError, UnsupportedError
+from loratools.keymaps.names import NameIndex
+from loratools.keymaps.transformers_rows import CONV1D_LEAVES, CONV1D_TYPES
+
+Part = Literal["weight", "bias"]
+
+_ADDABLE_HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight", "score.weight")
+_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """One delta on one tensor.
+
+    Attributes:
+        tensor: the base's name for it.
+        module: the adapter's path, for reports.
+        delta: the change; ``part`` says whether its weight or its bias change is meant.
+        strength: the user's multiplier.
+        adapter: position of the adapter among the inputs.
+        transposed: whether the base stores (in, out).
+    """
+
+    tensor: str
+    module: str
+    delta: LayerDelta
+    strength: float
+    adapter: int
+    transposed: bool = False
+    part: Part = "weight"
+
+    def fold(self, device: str | torch.device) -> RowFold:
+        """Prepare the change for folding; factors move to ``device`` here."""
+        if self.part == "bias":
+            bias = self.delta.bias_change
+            assert bias is not None
+            return ShiftFold((bias * self.strength).to(device))
+        return self.delta.row_fold(self.strength, transposed=self.transposed, device=device)
+
+    @property
+    def new_shape(self) -> tuple[int, ...] | None:
+        """The shape this placement gives the tensor, if it replaces it as a whole."""
+        return self.delta.weight_shape if isinstance(self.delta, Replacement) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """All placements of several adapters, and what was noted on the way."""
+
+    by_tensor: Mapping[str, tuple[Placement, ...]]
+    added: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def place_adapters(
+    base: BaseModel,
+    adapters: Sequence[tuple[Adapter, float]],
+    *,
+    tied_heads: Mapping[str, str] | None = None,
+    residual_base: bool = False,
+) -> Placed:
+    """Find the tensor of every layer and extra, and its orientation.
+
+    Args:
+        base: the checkpoint.
+        adapters: (adapter, strength) pairs.
+        tied_heads: tensor names that the base does not store but means, → the tensor they share.
+        residual_base: fold adapters whose initialisation moved the base as plain LoRA.
+
+    Raises:
+        MatchError: naming every layer without a home, ambiguous or of another shape.
+        UnsupportedError: a delta that no base can take.
+    """
+    finder = _Finder(base, tied_heads or {}, residual_base)
+    for position, (adapter, strength) in enumerate(adapters):
+        finder.add(adapter, strength, position)
+    if finder.problems:
+        raise MatchError(_listing(finder.problems), hint=_hint(finder))
+    by_tensor: dict[str, list[Placement]] = {}
+    for placement in finder.placements:
+        by_tensor.setdefault(placement.tensor, []).append(placement)
+    return Placed(
+        {name: tuple(found) for name, found in by_tensor.items()},
+        tuple(dict.fromkeys(finder.added)),
+        tuple(dict.fromkeys(finder.notes)),
+    )
+
+
+class _Finder:
+    """Collects placements and problems, so that one error can name all of them."""
+
+    def __init__(self, base: BaseModel, tied_heads: Mapping[str, str], residual_base: bool) -> None:
+        self.base = base
+        self.residual_base = residual_base
+        self.shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+        for head, shared in tied_heads.items():
+            self.shapes.setdefault(head, self.shapes[shared])
+        self.index = NameIndex(self.shapes)
+        self.placements: list[Placement] = []
+        self.added: list[str] = []
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.wanted = 0
+
+    def add(self, adapter: Adapter, strength: float, position: int) -> None:
+        homes: dict[str, str] = {}
+        for path, delta in adapter.layers.items():
+            for placement in self._layer(path, self._usable(path, delta), strength, position):
+                other = homes.setdefault(placement.tensor, path)
+                if other != path:
+                    self.problems.append(f"{path}: lands on {placement.tensor}, as does {other}")
+                self.placements.append(placement)
+        for name, extra in adapter.extras.items():
+            home = self._extra_home(name, extra)
+            if home is not None:
+                self.placements.append(Placement(home, name, extra, strength, position))
+
+    def _usable(self, path: str, delta: LayerDelta) -> LayerDelta:
+        if isinstance(delta, MovedBase) and self.residual_base:
+            return delta.lora
+        if delta.obstacle:
+            raise UnsupportedError(
+                f"{path}: {delta.obstacle}",
+                hint="pass the residual base it was trained on with --residual-base, or save the "
+                "adapter with PEFT's path_initial_model_for_weight_conversion",
+            )
+        return delta
+
+    def _layer(
+        self, path: str, delta: LayerDelta, strength: float, position: int
+    ) -> Iterator[Placement]:
+        self.wanted += 1
+        names = [f"{path}.{leaf}".strip(".") for leaf in delta.parameter_names]
+        name = self._home(path, names)
+        if name is None:
+            return
+        transposed = self._orientation(path, name, delta)
+        if transposed is None:
+            return
+        yield Placement(name, path, delta, strength, position, transposed)
+        if delta.bias_change is not None:
+            bias = self._bias_home(path, name, delta.bias_change)
+            if bias is not None:
+                yield Placement(bias, path, delta, strength, position, part="bias")
+
+    def _home(self, path: str, candidates: Sequence[str]) -> str | None:
+        for candidate in candidates:
+            found = self.index.find(candidate)
+            if len(found) > 1:
+                self.problems.append(f"{path}: several tensors fit: {', '.join(found[:4])}")
+                return None
+            if found:
+                self._note_renaming(candidate, found[0])
+                return found[0]
+        near = self.index.nearest(candidates[0])
+        suggestion = f" (nearest: {', '.join(near)})" if near else ""
+        self.problems.append(f"{path}: no such tensor in the base{suggestion}")
+        return None
+
+    def _note_renaming(self, asked: str, found: str) -> None:
+        if asked == found:
+            return
+        ending = 0
+        while asked[-ending - 1 :] == found[-ending - 1 :] and ending < min(len(asked), len(found)):
+            ending += 1
+        ours, theirs = asked[: len(asked) - ending], found[: len(found) - ending]
+        self.notes.append(f"names: the adapter's {ours or '(none)'!r} is the base's {theirs!r}")
+
+    def _orientation(self, path: str, name: str, delta: LayerDelta) -> bool | None:
+        stored, wanted = _matrix_shape(self.shapes[name]), _matrix_shape(delta.weight_shape)
+        flipped = (wanted[1], wanted[0]) if len(wanted) == 2 else None
+        fits_straight, fits_flipped = stored == wanted, stored == flipped
+        if delta.stored_transposed is True:
+            fits_straight = False
+        if fits_straight and fits_flipped:
+            return self._is_conv1d(name)
+        if fits_straight or fits_flipped:
+            return fits_flipped
+        self.problems.append(f"{path}: {_mismatch(delta, name, self.shapes[name])}")
+        return None
+
+    def _is_conv1d(self, name: str) -> bool:
+        leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if leaf not in CONV1D_LEAVES:
+            return False
+        model_type = self.base.config_word("model_type")
+        return model_type in CONV1D_TYPES if model_type else self._has_wide_conv1d()
+
+    def _has_wide_conv1d(self) -> bool:
+        """Without a config, GPT-2's fused c_attn, stored (E, 3E), tells the layout."""
+        wide = (s for n, s in self.shapes.items() if n.endswith("c_attn.weight") and len(s) == 2)
+        return any(shape[1] == 3 * shape[0] for shape in wide)
+
+    def _bias_home(self, path: str, weight_name: str, change: Tensor) -> str | None:
+        name = weight_name.removesuffix("weight") + "bias"
+        if self.shapes.get(name) == tuple(change.shape):
+            return name
+        self.problems.append(f"{path}: lora_bias needs a bias in the base, and {name} is not there")
+        return None
+
+    def _extra_home(self, name: str, extra: Replacement | RowReplacement) -> str | None:
+        self.wanted += 1
+        found = self.index.find(name)
+        if len(found) == 1 and self._extra_fits(name, found[0], extra):
+            self._note_renaming(name, found[0])
+            return found[0]
+        if not found and isinstance(extra, Replacement) and self._addable(name, extra):
+            self.added.append(name)
+            return name
+        if len(found) != 1:
+            near = self.index.nearest(name)
+            suggestion = f" (nearest: {', '.join(near)})" if near else ""
+            self.problems.append(f"{name}: a full tensor that the base lacks{suggestion}")
+        return None
+
+    def _addable(self, name: str, extra: Replacement) -> bool:
+        return extra.expected or name.endswith(_ADDABLE_HEADS)
+
+    def _extra_fits(self, name: str, home: str, extra: Replacement | RowReplacement) -> bool:
+        stored, shape = self.shapes[home], extra.weight_shape
+        if isinstance(extra, RowReplacement):
+            fits = len(stored) == 2 and stored[1] == shape[1] and shape[0] <= stored[0]
+        else:
+            # Another number of rows is a resized vocabulary.
+            fits = stored == shape or (len(stored) == 2 and stored[1:] == shape[1:])
+        if not fits:
+            self.problems.append(f"{name}: {shape} does not fit the base's {home} {stored}")
+        return fits
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape without the trailing 1s of a pointwise convolution."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _mismatch(delta: LayerDelta, name: str, stored: tuple[int, ...]) -> str:
+    shape = delta.weight_shape
+    text = f"the adapter's weight is {shape} but the base's {name} is {stored}"
+    if len(shape) > 2 and len(stored) == len(shape) and stored[1] < shape[1]:
+        return text + " (a grouped convolution cannot hold a dense LoRA)"
+    return text
+
+
+def _listing(problems: list[str]) -> str:
+    shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{len(problems)} adapter tensors do not fit the base:\n{shown}{more}"
+
+
+def _hint(finder: _Finder) -> str:
+    if len(finder.problems) >= finder.wanted:
+        return "nothing matches: is this the base the adapter was trained on?"
+    return "nothing was written; is this the base the adapter was trained on, and the file whole?"

@@ -1,0 +1,121 @@
+"""Planning how adapters are taken out again: copied back from the base, or subtracted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from loratools.basemodel import BaseModel
+from loratools.errors import MatchError, UnsupportedError
+from loratools.planning.merge_plan import LoadedAdapter, MergePlan, plan_merge
+from loratools.report import Json, Note
+from loratools.streaming.blocks import TensorResult, TensorWork
+from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, unchanged
+from loratools.tensorfiles.dtypes import torch_dtype
+
+# What a merge may have corrected in config.json.
+_CORRECTED = ("tie_word_embeddings", "vocab_size", "dtype", "torch_dtype")
+
+
+def plan_restore(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdapter]) -> Checkpoint:
+    """Lay out ``merged`` with everything the adapters touched copied back from ``base``.
+
+    Without adapters every tensor is taken from the base. Tensors that the merge added are
+    dropped; tensors whose dtype or shape it changed are restored too.
+
+    Raises:
+        MatchError: the two are not the same model.
+    """
+    touched = set(plan_merge(base, loaded).placements) if loaded else set(base.tensors)
+    added = {name for name in touched if name not in base.tensors and name in merged.tensors}
+    if not loaded:
+        added = set(merged.tensors) - set(base.tensors)
+    strangers = sorted(set(merged.tensors) - set(base.tensors) - added)
+    if strangers:
+        raise MatchError(
+            f"{merged.path}: has tensors that neither {base.path} nor the adapters explain: "
+            + ", ".join(strangers[:4]),
+            hint="is --base the model that the adapters were merged into?",
+        )
+    restored = {
+        name: unchanged(tensor)
+        for name, tensor in base.tensors.items()
+        if name in touched or _looks_different(merged, base, name)
+    }
+    return plan_checkpoint(merged, restored, dropped=added, config=_config_back(merged, base))
+
+
+def _looks_different(merged: BaseModel, base: BaseModel, name: str) -> bool:
+    ours, theirs = merged.tensors.get(name), base.tensors[name]
+    return ours is None or (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape)
+
+
+def _config_back(merged: BaseModel, base: BaseModel) -> dict[str, Json]:
+    if merged.config is None or base.config is None:
+        return {}
+    words = {name: (merged.config_word(name), base.config_word(name)) for name in _CORRECTED}
+    return {
+        # A merge writes the tie's flag only to say false where it was true, if not in words.
+        name: True if before is None else before
+        for name, (now, before) in words.items()
+        if now != before and (before is not None or name == "tie_word_embeddings")
+    }
+
+
+def plan_subtraction(merged: BaseModel, loaded: Sequence[LoadedAdapter]) -> MergePlan:
+    """Plan W = W' − Σ strength·ΔW.
+
+    Raises:
+        UnsupportedError: a change that subtraction cannot undo.
+    """
+    problems = [line for one in loaded for line in _irreversible(one)]
+    if problems:
+        raise UnsupportedError(
+            "subtraction cannot take this out again:\n" + "\n".join(problems),
+            hint="give the model it was merged into with --base, to copy its tensors back",
+        )
+    return plan_merge(merged, [replace(one, strength=-one.strength) for one in loaded])
+
+
+def _irreversible(one: LoadedAdapter) -> Iterator[str]:
+    kinds = sorted({d.kind for d in one.adapter.layers.values() if not d.additive})
+    if kinds:
+        yield f"  {one.path}: {', '.join(kinds)} layers depend on the base weight"
+    if one.adapter.extras:
+        names = ", ".join(list(one.adapter.extras)[:4])
+        yield f"  {one.path}: the tensors it replaced are gone ({names})"
+
+
+def error_bounds(
+    works: Mapping[str, TensorWork], results: Mapping[str, TensorResult]
+) -> dict[str, float]:
+    """Return for every subtracted tensor a bound on ‖result − original‖ (Frobenius).
+
+    Two roundings stand between them, of W' and of the result, each by at most half a unit in the
+    last place of every element: u·(‖W'‖ + ‖result‖) with unit roundoff u. float32 accumulation
+    adds the same with its own u.
+    """
+    bounds = {}
+    for name, result in results.items():
+        dtype = torch_dtype(works[name].dtype)
+        roundoff = torch.finfo(dtype).eps / 2 + torch.finfo(torch.float32).eps
+        merged_norm = result.result_norm + result.change_norm
+        bounds[name] = roundoff * (merged_norm + result.result_norm)
+    return bounds
+
+
+def bound_notes(
+    bounds: Mapping[str, float], results: Mapping[str, TensorResult]
+) -> tuple[dict[str, Json], list[Note]]:
+    """Return the report's facts and notes about what subtraction may have left behind."""
+    bound = sum(value**2 for value in bounds.values()) ** 0.5
+    change = sum(result.change_norm**2 for result in results.values()) ** 0.5
+    facts = {"error_bound": bound, "change_norm": change}
+    note = Note(
+        f"subtracted, not restored: the result is within {bound:.3g} of the original weights "
+        f"(Frobenius), against a change of {change:.3g}; --base restores them exactly",
+        "warning",
+    )
+    return facts, [note]

@@ -1,0 +1,1 @@
+"""Checkpoints written block by block: memory does not grow with the model."""

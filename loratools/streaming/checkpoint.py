@@ -1,0 +1,194 @@
+"""The checkpoint that an operation writes: its files, index, config and side files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools.basemodel import INDEX_SUFFIX, BaseModel, BaseTensor, Shard
+from loratools.compute import Compute
+from loratools.errors import OutputError
+from loratools.streaming.blocks import TensorResult, TensorWork
+from loratools.streaming.rewriting import FileWork, Progress, rewrite
+from loratools.tensorfiles.atomic import require_space, staged_output
+from loratools.tensorfiles.dtypes import FLOAT_WORDS
+from loratools.tensorfiles.sharded import encode_index
+
+DTYPE_WORDS: Mapping[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+_CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A planned output.
+
+    Attributes:
+        base: the model whose layout and side files it takes.
+        files: weights files.
+        config: fields of ``config.json`` to set; empty leaves the file's bytes alone.
+    """
+
+    base: BaseModel
+    files: tuple[FileWork, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights."""
+        return sum(work.nbytes for file in self.files for work in file.tensors)
+
+    @property
+    def works(self) -> dict[str, TensorWork]:
+        """Every output tensor by name."""
+        return {work.name: work for file in self.files for work in file.tensors}
+
+
+def plan_checkpoint(
+    base: BaseModel,
+    changes: Mapping[str, TensorWork],
+    *,
+    dropped: Collection[str] = (),
+    config: Mapping[str, Any] | None = None,
+    dtype: str = "keep",
+) -> Checkpoint:
+    """Lay out a checkpoint like ``base`` with some tensors changed, added or dropped.
+
+    Args:
+        base: whose files, order and side files are kept.
+        changes: output tensors by name; names that the base lacks go to the end of its last file.
+        dropped: names to leave out.
+        config: fields of ``config.json`` to set.
+        dtype: ``keep``, or the word that every float tensor is converted to.
+    """
+    files = []
+    added = [work for name, work in changes.items() if name not in base.tensors]
+    for position, shard in enumerate(base.shards):
+        kept = [tensor for tensor in shard.tensors if tensor.name not in dropped]
+        works = [changes.get(tensor.name) or unchanged(tensor, dtype) for tensor in kept]
+        if position == len(base.shards) - 1:
+            works += added
+        files.append(FileWork(_safetensors_name(base, shard), tuple(works), shard))
+    edits = {**(config or {}), **_dtype_edit(base, dtype)}
+    return Checkpoint(base, tuple(files), edits)
+
+
+def unchanged(tensor: BaseTensor, dtype: str = "keep") -> TensorWork:
+    """Return the work that keeps a tensor, converted to ``dtype`` if it is a float."""
+    return TensorWork(tensor.name, output_dtype(tensor.dtype, dtype), tensor.shape, tensor)
+
+
+def output_dtype(word: str, dtype: str) -> str:
+    """Return the safetensors word of a tensor of dtype ``word`` after ``--dtype``."""
+    return DTYPE_WORDS[dtype] if dtype != "keep" and word in FLOAT_WORDS else word
+
+
+def _dtype_edit(base: BaseModel, dtype: str) -> dict[str, str]:
+    if dtype == "keep" or base.config is None:
+        return {}
+    names = [name for name in ("dtype", "torch_dtype") if base.config.get(name)]
+    return dict.fromkeys(names, _CONFIG_DTYPES[DTYPE_WORDS[dtype]])
+
+
+def _safetensors_name(base: BaseModel, shard: Shard) -> str:
+    """Return the output's file name: the shard's, with torch's names in safetensors' dress."""
+    name = shard.path.name
+    if not base.is_folder or name.endswith(".safetensors"):
+        return name
+    stem = re.sub(r"^pytorch_model", "model", name.rpartition(".")[0])
+    return f"{stem}.safetensors"
+
+
+def write_checkpoint(
+    plan: Checkpoint,
+    output: Path,
+    *,
+    compute: Compute,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    accept: Callable[[Mapping[str, TensorResult]], None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TensorResult]:
+    """Write the planned checkpoint to ``output``, complete or not at all.
+
+    ``accept`` sees the results before the output appears and may raise to prevent it.
+
+    Raises:
+        OutputError: the destination is refused or too small (see ``staged_output``).
+        NonFiniteError, CorruptFileError: see ``rewrite``.
+    """
+    base = plan.base
+    check_suffix(base, output)
+    sources = [base.path, *inputs]
+    folder = base.is_folder
+    with staged_output(output, folder=folder, overwrite=overwrite, inputs=sources) as work:
+        require_space(work.parent, plan.nbytes)
+        results = rewrite(_placed(plan, work), compute, progress)
+        if accept:
+            accept(results)
+        if folder:
+            _write_beside(plan, work)
+    return results
+
+
+def check_suffix(base: BaseModel, output: Path) -> None:
+    """Raise OutputError if a single-file output is not called .safetensors."""
+    if not base.is_folder and output.suffix != ".safetensors":
+        raise OutputError(
+            f"{output}: the base is one file, so the output is a .safetensors file",
+            hint=f"for example: -o {output.with_suffix('.safetensors')}",
+        )
+
+
+def _placed(plan: Checkpoint, work: Path) -> list[tuple[FileWork, Path]]:
+    """Join each file to its path: inside the staged folder, or the staged file itself."""
+    inside = plan.base.is_folder
+    return [(file, work / file.name if inside else work) for file in plan.files]
+
+
+def _write_beside(plan: Checkpoint, folder: Path) -> None:
+    """Write the index, the corrected config and the side files into the staged folder."""
+    base = plan.base
+    if base.index:
+        name = base.index.removesuffix(INDEX_SUFFIX)
+        stem = re.sub(r"^pytorch_model", "model", name.rpartition(".")[0])
+        (folder / f"{stem}.safetensors{INDEX_SUFFIX}").write_text(_index(plan), encoding="utf-8")
+    for side in base.side_files:
+        (folder / side).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(base.path / side, folder / side)
+    if plan.config and base.config is not None:
+        text = json.dumps(edited_config(base.config, plan.config), indent=2, ensure_ascii=False)
+        # The side file keeps its permissions, and loses its link if it was one.
+        (folder / "config.json").write_text(text + os.linesep, encoding="utf-8", newline="")
+
+
+def _index(plan: Checkpoint) -> str:
+    weight_map = {work.name: file.name for file in plan.files for work in file.tensors}
+    metadata = dict(plan.base.index_metadata or {})
+    metadata.pop("total_size", None)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(work.elements for work in plan.works.values())
+    return encode_index(weight_map, plan.nbytes, metadata)
+
+
+def edited_config(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with ``edits`` at the top, and in the text model's section if it has them.
+
+    A word that only the section has is set there alone, except for the embeddings' tie, which
+    readers look for in both places.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return {**config, **edits}
+    inner = {name: value for name, value in edits.items() if name in text}
+    outer = {
+        name: value
+        for name, value in edits.items()
+        if name in config or name not in text or name == "tie_word_embeddings"
+    }
+    return {**config, **outer, "text_config": {**text, **inner}}

@@ -1,0 +1,193 @@
+"""Writing a checkpoint anew: what changes goes through small blocks, the rest is copied as bytes.
+
+Each touched tensor is one job of a thread: read a block of rows, fold in float32, round once,
+write. Jobs run side by side, so that reading, folding and writing overlap; kernels inside them
+run on one thread, so that the bytes written do not depend on how many cores there are.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loratools.basemodel import Shard
+from loratools.compute import Compute, one_thread_kernels
+from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork
+from loratools.tensorfiles.copying import copy_range, start_writeback, write_at
+from loratools.tensorfiles.header import encode_header
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FileWork:
+    """One output weights file; ``original`` is the shard it takes the place of."""
+
+    name: str
+    tensors: tuple[TensorWork, ...]
+    original: Shard
+
+    def header(self) -> bytes:
+        """Return the file's first bytes: the original's own where the layout is the same."""
+        old = self.original.header
+        if old and self._same_layout():
+            with self.original.path.open("rb") as file:
+                return file.read(old.data_start)
+        entries = [(work.name, work.dtype, work.shape) for work in self.tensors]
+        return encode_header(entries, self.original.metadata)
+
+    def _same_layout(self) -> bool:
+        ours = [(work.name, work.dtype, work.shape) for work in self.tensors]
+        return ours == [(t.name, t.dtype, t.shape) for t in self.original.tensors]
+
+
+def rewrite(
+    files: Sequence[tuple[FileWork, Path]], compute: Compute, progress: Progress | None = None
+) -> dict[str, TensorResult]:
+    """Write each file to its path; returns what happened to every folded tensor.
+
+    ``progress`` is called with byte counts as they are written, from several threads.
+
+    Raises:
+        NonFiniteError: a result that is NaN or infinite, or beyond the output dtype.
+        CorruptFileError: a source that ends early.
+    """
+    runner = _Runner(compute, progress or (lambda count: None))
+    with one_thread_kernels():
+        return runner.run(files)
+
+
+class _Runner:
+    """A pool of threads, each with its own reused buffers."""
+
+    def __init__(self, compute: Compute, progress: Progress) -> None:
+        self.compute = compute
+        self.progress = progress
+        self.stop = threading.Event()
+        self.local = threading.local()
+        self.results: dict[str, TensorResult] = {}
+
+    def run(self, files: Sequence[tuple[FileWork, Path]]) -> dict[str, TensorResult]:
+        with ThreadPoolExecutor(self.compute.workers) as pool:
+            try:
+                futures = [f for file, path in files for f in self._submit(pool, file, path)]
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return self.results
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, file: FileWork, path: Path
+    ) -> Iterator[Future[None]]:
+        header = file.header()
+        path.write_bytes(header)
+        os.truncate(path, len(header) + sum(work.nbytes for work in file.tensors))
+        tasks = [*_tasks(file.tensors, len(header))]
+        pending = _Countdown(len(tasks), path)
+        for task in tasks:
+            yield pool.submit(self._guarded, task, path, pending)
+
+    def _guarded(self, task: _Copy | _Fold, path: Path, pending: _Countdown) -> None:
+        if self.stop.is_set():
+            return
+        try:
+            if isinstance(task, _Copy):
+                self._copy(task, path)
+            else:
+                self._fold(task, path)
+            pending.one_done()
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def _copy(self, task: _Copy, path: Path) -> None:
+        with task.source.open("rb", buffering=0) as source, path.open("r+b", buffering=0) as target:
+            copy_range(source.fileno(), task.start, target.fileno(), task.to, task.count)
+            start_writeback(target.fileno(), task.to, task.count)
+        self.progress(task.count)
+
+    def _fold(self, task: _Fold, path: Path) -> None:
+        work = task.work
+        folds = list(work.folds(self.compute.device)) if work.folds else []
+        blocks = Blocks(work, folds, self._buffers(), self.compute.device)
+        with blocks, path.open("r+b", buffering=0) as target:
+            blocks.measure()
+            for data, offset in blocks.folded():
+                if self.stop.is_set():
+                    return
+                write_at(target.fileno(), data, task.to + offset)
+                self.progress(len(data))
+            start_writeback(target.fileno(), task.to, work.nbytes)
+        if folds:
+            self.results[work.name] = blocks.result()
+
+    def _buffers(self) -> Buffers:
+        if not hasattr(self.local, "buffers"):
+            self.local.buffers = Buffers()
+        buffers: Buffers = self.local.buffers
+        return buffers
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """``count`` bytes that stay as they are."""
+
+    source: Path
+    start: int
+    to: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """A tensor that is computed, and its byte offset in the output."""
+
+    work: TensorWork
+    to: int
+
+
+class _Countdown:
+    """Syncs a file when its last task is done, while other files are still being written."""
+
+    def __init__(self, count: int, path: Path) -> None:
+        self.left = count
+        self.path = path
+        self.lock = threading.Lock()
+
+    def one_done(self) -> None:
+        with self.lock:
+            self.left -= 1
+            last = self.left == 0
+        if last:
+            with self.path.open("r+b", buffering=0) as file:
+                os.fsync(file.fileno())
+
+
+def _tasks(tensors: Sequence[TensorWork], offset: int) -> Iterator[_Copy | _Fold]:
+    """Yield the file's tasks in order, neighbouring copies as one."""
+    waiting: _Copy | None = None
+    for work in tensors:
+        start = work.source.start
+        if not work.is_copy or start is None:
+            yield _Fold(work, offset)
+        elif waiting and _continues(waiting, work.source.file, start, offset):
+            waiting = replace(waiting, count=waiting.count + work.nbytes)
+        else:
+            if waiting:
+                yield waiting
+            waiting = _Copy(work.source.file, start, offset, work.nbytes)
+        offset += work.nbytes
+    if waiting:
+        yield waiting
+
+
+def _continues(copy: _Copy, source: Path, start: int, to: int) -> bool:
+    return (copy.source, copy.start + copy.count, copy.to + copy.count) == (source, start, to)

@@ -1,0 +1,1 @@
+"""Agreement with PEFT, run side by side on models small enough to build in a moment."""
