@@ -6,13 +6,14 @@ W' = W + Σ strength·(change), summed in float32 and rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from loratools.adapter_io import find_weights
 from loratools.basemodel import BaseModel, open_base
 from loratools.compute import Compute, resolve_compute
+from loratools.deltas import Replacement
 from loratools.errors import MatchError
 from loratools.planning.merge_plan import (
     AdapterInput,
@@ -196,7 +197,7 @@ def _report(
         output,
         {"adapters": [_adapter_fact(one) for one in loaded], **_tensor_facts(base, plan, results)},
         tuple(items),
-        (*plan.notes, *_unchanged_notes(results)),
+        (*plan.notes, *_replacement_notes(plan, results), *_unchanged_notes(plan, results)),
         dry_run=output is None,
     )
 
@@ -262,8 +263,20 @@ def _item(work: TensorWork, placement: Placement, result: TensorResult | None) -
     }
 
 
-def _unchanged_notes(results: Mapping[str, TensorResult]) -> list[Note]:
-    same = [name for name, result in results.items() if not result.changed]
+def _replacement_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> Iterator[Note]:
+    for name, placements in plan.placements.items():
+        if any(isinstance(placement.delta, Replacement) for placement in placements):
+            kept = name in results and not results[name].changed
+            word = "the adapter's copy equals the base's" if kept else "replaced by the adapter's"
+            yield Note(word, subject=name)
+
+
+def _unchanged_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> list[Note]:
+    same = [
+        name
+        for name, result in results.items()
+        if not result.changed and any(p.new_shape is None for p in plan.placements.get(name, ()))
+    ]
     if not same:
         return []
     names = ", ".join(same[:4]) + (f" and {len(same) - 4} more" if len(same) > 4 else "")

@@ -95,6 +95,10 @@ def _plain_lora(module: ModuleTensors, role: Role, reading: Reading) -> LoRA:
     scale = reading.config.scale(module.path)
     if role == "attention_out":
         scale *= _ATTENTION_OUT_FACTOR
+        reading.notes.append(
+            f"{module.path.replace('.base_layer.', '.')}: its change counts twice, as in PEFT's "
+            "own forward pass and merge of nn.MultiheadAttention"
+        )
     return LoRA(down, up, scale * rank, module.tensors.get("bias"), role)
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loratools.adapter import Adapter, Extra
@@ -22,12 +23,22 @@ from loratools.formats.peft_config import CONFIG_NAME, pattern_matches
 _PREFIX = "base_model.model."
 # peft 0.21 writes the fields used here; older readers ignore or do not meet them.
 _PEFT_VERSION = "0.21.2"
-# Fields of a config that was read which stay true whatever the weights became.
-_CARRIED = (
-    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out",
-    "exclude_modules", "trainable_token_indices", "token_indices", "bias", "ensure_weight_tying",
-    "modules_to_save", "init_lora_weights",
-)  # fmt: skip
+# Fields of a config that was read which stay true whatever the weights became, and the values
+# that need not be said.
+_CARRIED: Mapping[str, tuple[Any, ...]] = {
+    "base_model_name_or_path": (None,),
+    "revision": (None,),
+    "task_type": (None,),
+    "auto_mapping": (None,),
+    "fan_in_fan_out": (False, None),
+    "trainable_token_indices": (None,),
+    "token_indices": (None, []),
+    "bias": ("none", None),
+    "ensure_weight_tying": (False, None),
+    "modules_to_save": (None, []),
+    "kasa_config": (None,),
+}
+_SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def write(adapter: Adapter) -> Bundle:
@@ -56,6 +67,9 @@ def _layer_tensors(path: str, delta: LayerDelta) -> Iterator[tuple[str, Tensor]]
         yield f"{path}.lora_B.bias", lora.bias
     if isinstance(delta, DoRA):
         yield f"{path}.lora_magnitude_vector", _stored_magnitude(delta)
+    if isinstance(delta, MovedBase) and delta.start == "kasa":
+        # The reader folded the diagonal into down.
+        yield f"{path}.lora_diag", torch.ones(lora.rank, dtype=lora.down.dtype)
 
 
 def _inner_lora(path: str, delta: LayerDelta) -> LoRA:
@@ -97,7 +111,11 @@ def _extra_tensor(name: str, extra: Extra, adapter: Adapter) -> tuple[str, Tenso
 
 def _config(adapter: Adapter) -> dict[str, Any]:
     read = json.loads(adapter.metadata.get(CONFIG_NAME, "{}"))
-    config = {name: read[name] for name in _CARRIED if read.get(name) not in (None, {}, [])}
+    config = {
+        name: read[name]
+        for name, usual in _CARRIED.items()
+        if name in read and read[name] not in usual
+    }
     config["peft_version"] = _PEFT_VERSION
     if not adapter.layers:
         return {**config, "peft_type": str(read.get("peft_type", "TRAINABLE_TOKENS"))}
@@ -114,6 +132,9 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     }
     if any(isinstance(delta, DoRA) for delta in adapter.layers.values()):
         config["use_dora"] = True
+    starts = {delta.start for delta in adapter.layers.values() if isinstance(delta, MovedBase)}
+    if starts - {"kasa"}:
+        config["init_lora_weights"] = min(starts - {"kasa"})
     if any(lora.bias is not None for lora in loras.values()):
         config["lora_bias"] = True
     return config
@@ -152,8 +173,11 @@ def _targets(adapter: Adapter, loras: Mapping[str, LoRA], read: Mapping[str, Any
         for path, lora in loras.items()
     ]
     targets = read.get("target_modules")
-    if isinstance(targets, list) and all(
-        any(path == t or path.endswith("." + t) for t in targets) for path in paths
+    narrowed = any(read.get(name) for name in _SELECTING)
+    if (
+        not narrowed
+        and isinstance(targets, list)
+        and all(any(path == t or path.endswith("." + t) for t in targets) for path in paths)
     ):
         return sorted(str(t) for t in targets)
     return sorted(set(paths))

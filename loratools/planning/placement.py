@@ -118,6 +118,13 @@ class _Finder:
         self.wanted = 0
 
     def add(self, adapter: Adapter, strength: float, position: int) -> None:
+        # Extras first: a resized embedding is the weight that its own LoRA must fit.
+        for name, extra in adapter.extras.items():
+            home = self._extra_home(name, extra)
+            if home is not None:
+                self.placements.append(Placement(home, name, extra, strength, position))
+                if isinstance(extra, Replacement):
+                    self.shapes[home] = extra.weight_shape
         homes: dict[str, str] = {}
         for path, delta in adapter.layers.items():
             for placement in self._layer(path, self._usable(path, delta), strength, position):
@@ -125,14 +132,15 @@ class _Finder:
                 if other != path:
                     self.problems.append(f"{path}: lands on {placement.tensor}, as does {other}")
                 self.placements.append(placement)
-        for name, extra in adapter.extras.items():
-            home = self._extra_home(name, extra)
-            if home is not None:
-                self.placements.append(Placement(home, name, extra, strength, position))
 
     def _usable(self, path: str, delta: LayerDelta) -> LayerDelta:
         if isinstance(delta, MovedBase) and self.residual_base:
             return delta.lora
+        if isinstance(delta, MovedBase):
+            self.notes.append(
+                f"init {delta.start!r}: what it took out of the base is recomputed from the base, "
+                "which must be the original one (--residual-base says otherwise)"
+            )
         if delta.obstacle:
             raise UnsupportedError(
                 f"{path}: {delta.obstacle}",

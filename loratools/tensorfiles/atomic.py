@@ -130,7 +130,6 @@ class StagedOutput(AbstractContextManager[Path]):
         self._move_into_place()
         for path in (self.target, *self._parents):
             sync_folder(path.parent)
-        self._parents.clear()
 
     def _move_into_place(self) -> None:
         """Rename to the target; an old folder is then where the new one was."""
@@ -146,10 +145,9 @@ class StagedOutput(AbstractContextManager[Path]):
         with suppress(OSError):
             remove(self._partial)
         for path in reversed(self._parents):
-            # Somebody else may use the folder by now.
+            # The output lies there, or somebody else uses the folder by now.
             with suppress(OSError):
                 path.rmdir()
-        self._parents.clear()
 
 
 def require_space(parent: Path, nbytes: int) -> None:

@@ -38,6 +38,7 @@ def one(dtype: Any = "U8", shape: Any = (1,), offsets: Any = (0, 1), data: int =
 
 
 ENTRY = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+LAYER = "base_model.model.model.layers.11.mlp.experts.127.gate_up_proj.lora_A.default.weight"
 
 # name, bytes, words of the message
 HOSTILE: list[tuple[str, bytes, list[str]]] = [
@@ -111,6 +112,8 @@ HOSTILE: list[tuple[str, bytes, list[str]]] = [
     ("half a byte", one("F4", [1]), ["'w'", "whole byte"]),
     ("six bits", one("F6_E3M2", [3], [0, 2], 2), ["'w'", "whole byte"]),
     ("beyond the file", one(shape=[9], offsets=[0, 9]), ["'w'", "truncated, 8 bytes are missing"]),
+    ("a name of usual length", file_of(0, **{LAYER: 3}), [f"{LAYER!r}: 3 is not an object"]),
+    ("a very long name", file_of(0, **{"n" * 100_000: 3}), ["'nnn", "...", "not an object"]),
     ("hole at the start", one(offsets=[1, 2], data=2), ["'w'", "hole of 1 bytes"]),
     (
         "hole in the middle",

@@ -35,12 +35,15 @@ def test_fp32(llama: Base, tmp_path: Path, merge: Merge) -> None:
     assert (actual - oracles.output(llama.load())).abs().max() > 0.1
 
 
-def test_bf16_is_one_rounding_as_peft_does(wide_bf16: Base, tmp_path: Path, merge: Merge) -> None:
+@pytest.mark.parametrize("alpha", [32, 11.3])
+def test_bf16_is_one_rounding_as_peft_does(
+    wide_bf16: Base, tmp_path: Path, merge: Merge, alpha: float
+) -> None:
     """Case 2: bits equal to PEFT's default merge, and to the float64 sum rounded once."""
-    adapter = lora(wide_bf16, tmp_path / "a", r=16, lora_alpha=32, target_modules="all-linear")
+    adapter = lora(wide_bf16, tmp_path / "a", r=16, lora_alpha=alpha, target_modules="all-linear")
     merged = merge(wide_bf16, adapter).tensors
     oracles.assert_agrees(merged, oracles.peft_merged(wide_bf16, adapter), wide_bf16)
-    exact = oracles.plain_lora(wide_bf16, adapter, 2.0)
+    exact = oracles.plain_lora(wide_bf16, adapter, alpha / 16)
     oracles.assert_close_in_ulps(merged, oracles.rounded(exact, wide_bf16.tensors))
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,23 @@ def test_a_failure_leaves_nothing(tmp_path: Path, folder: bool, error: type[Base
 
     with pytest.raises(error):
         fail()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failure_on_entering_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    make_folder = Path.mkdir
+
+    def interrupted(path: Path, **options: Any) -> None:
+        make_folder(path, **options)
+        if path.suffix == ".partial":
+            raise error
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(OutputError if error is OSError else error):
+        make(tmp_path / "new" / "out", folder=True)
     assert names(tmp_path) == []
 
 

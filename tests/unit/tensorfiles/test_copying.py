@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +84,15 @@ def test_threads_share_the_files(
     descriptors: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copying, "_CALL_BYTES", 1000)
-    monkeypatch.setattr(copying, "_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(copying, "_BUFFER_BYTES", 10_000)
+    seek = os.lseek
+
+    def seek_and_yield(*arguments: int) -> int:
+        position = seek(*arguments)
+        time.sleep(1e-4)
+        return position
+
+    monkeypatch.setattr(os, "lseek", seek_and_yield)
     source, target = descriptors
     step = len(DATA) // 16
     with ThreadPoolExecutor(8) as pool:

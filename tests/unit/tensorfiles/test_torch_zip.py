@@ -122,7 +122,8 @@ def test_compressed_entries_are_decompressed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [None, 4])
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_short_and_missing_entries(tmp_path: Path, compression: int, kept: int | None) -> None:
-    path = save(tmp_path / "x.bin", TENSORS)
+    # Enough lies behind the first entry for a reader that does not look at its size.
+    path = save(tmp_path / "x.bin", {"a": torch.zeros(100), "b": torch.ones(1000)})
 
     def cut(name: str, data: bytes) -> bytes | None:
         return data if not name.endswith("data/0") else kept and data[:kept]
