@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 LOCK := requirements/dev.txt

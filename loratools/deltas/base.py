@@ -28,10 +28,14 @@ class RowFold(ABC):
     """A delta prepared for one weight matrix, folded in a block of stored rows at a time.
 
     Blocks are float32, two-dimensional and on the fold's device: rows ``start`` to
-    ``start + len(block)`` of the stored weight with its trailing dimensions flattened.
+    ``start + len(block)`` of the stored weight, its ``leading`` dimensions flattened into rows and
+    the others into columns.
     """
 
     reach: Reach = "rows"
+    leading: int = 1
+    """How many leading dimensions of the stored weight count as its rows (2: stacked matrices)."""
+
     substitutes: bool = False
     """Whether ``substitute`` does anything."""
 

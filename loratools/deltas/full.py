@@ -49,8 +49,7 @@ class Replacement(LayerDelta):
     def row_fold(
         self, strength: float, *, transposed: bool = False, device: str | torch.device = "cpu"
     ) -> RowFold:
-        value = self.value.reshape(self.value.shape[0] if self.value.dim() else 1, -1)
-        return _SubstitutionFold(value, strength, device)
+        return _SubstitutionFold(self.value, strength, device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +100,8 @@ class _SubstitutionFold(RowFold):
         self.device = device
 
     def substitute(self, weight: Tensor, start: int) -> None:
-        rows = self.value[start : start + len(weight)].to(self.device, weight.dtype)
+        values = self.value.reshape(-1, weight.shape[1])
+        rows = values[start : start + len(weight)].to(self.device, weight.dtype)
         _move(weight, rows, self.strength)
 
     def add_change(self, change: Tensor, weight: Tensor, start: int, *, first: bool) -> None:

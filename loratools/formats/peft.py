@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from loratools.adapter import Adapter, Extra, in_natural_order
-from loratools.deltas import DoRA, LayerDelta, LoRA, Replacement, RowReplacement
+from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, Replacement, RowReplacement
 from loratools.deltas.lora import Role
-from loratools.errors import MalformedAdapterError, UnsupportedError
+from loratools.errors import MalformedAdapterError
 from loratools.formats.format import Bundle, Format, Listing
 from loratools.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from loratools.formats.peft_keys import Key, classify_keys, looks_like_tuner
-from loratools.formats.peft_layers import ModuleTensors, Reading, build_layer
+from loratools.formats.peft_layers import ModuleTensors, Reading, build_layer, build_parameter
 from loratools.formats.peft_write import write
 
 _ATTENTION_OUT = ".base_layer.out_proj"
@@ -92,25 +92,43 @@ def _build_layers(modules: Mapping[str, ModuleTensors], reading: Reading) -> dic
         path.removesuffix(_ATTENTION_OUT) for path in modules if path.endswith(_ATTENTION_OUT)
     }
     layers: dict[str, LayerDelta] = {}
-    for module in modules.values():
-        home, role = _role(module, attention, reading.config.source)
-        layers[home] = build_layer(module, role, reading)
+    for path, module in modules.items():
+        parameter = _parameter_path(module, reading.config)
+        if parameter:
+            module.path = parameter
+            layers[parameter.removesuffix(".weight")] = build_parameter(module, reading)
+        elif path.endswith(_ATTENTION_OUT):
+            layers[path.replace(".base_layer.", ".")] = build_layer(
+                module, "attention_out", reading
+            )
+        else:
+            layers[path] = build_layer(module, _role(module, attention), reading)
     return layers
 
 
-def _role(module: ModuleTensors, attention: set[str], source: str) -> tuple[str, Role]:
-    path = module.path
-    if path.endswith(_ATTENTION_OUT):
-        return path.replace(".base_layer.", "."), "attention_out"
-    if path in attention:
-        return path, "attention_in"
-    if "base_layer" in path.split("."):
-        raise UnsupportedError(
-            f"{source}: {next(iter(module.raw.values()))} adapts a bare parameter "
-            "(target_parameters), which is not supported yet",
-            hint="merge it with PEFT, or retrain with target_modules on the per-expert layers",
-        )
-    return path, "embedding" if module.embedding else "linear"
+def _role(module: ModuleTensors, attention: set[str]) -> Role:
+    if module.path in attention:
+        return "attention_in"
+    return "embedding" if module.embedding else "linear"
+
+
+def _parameter_path(module: ModuleTensors, config: PeftConfig) -> str | None:
+    """Return the parameter that a wrapper's tensors adapt, or None for an ordinary layer.
+
+    The outermost wrapper has the module's own path; each one inside adds ``.base_layer``.
+    """
+    owner, depth = module.path, 0
+    while owner.endswith(".base_layer"):
+        owner, depth = owner.removesuffix(".base_layer"), depth + 1
+    names = config.parameters(owner)
+    if depth < len(names):
+        return f"{owner}.{names[-1 - depth]}"
+    if depth == 0:
+        return None
+    raise MalformedAdapterError(
+        f"{config.source}: {next(iter(module.raw.values()))} is nested {depth} deep, but "
+        f"target_parameters names {len(names)} parameters of {owner}"
+    )
 
 
 def _build_extras(keys: list[Key], bundle: Bundle, config: PeftConfig) -> dict[str, Extra]:
@@ -193,7 +211,7 @@ FORMAT = Format(
     name="peft",
     title="PEFT (adapter_config.json and weights)",
     spec="https://huggingface.co/docs/peft/developer_guides/checkpoint",
-    holds=frozenset({LoRA.kind, DoRA.kind, Replacement.kind, RowReplacement.kind}),
+    holds=frozenset({LoRA.kind, DoRA.kind, ExpertLoRA.kind, Replacement.kind, RowReplacement.kind}),
     matches=matches,
     read=read,
     write=write,

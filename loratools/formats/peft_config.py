@@ -30,6 +30,9 @@ NOT_WEIGHTS = frozenset(
     }
 )
 INPUT_DEPENDENT = frozenset({"XLORA", "POLY", "LILY"})
+PARAMETER_ORDER = ("gate_up_proj", "up_proj", "down_proj")
+"""Parameters of transformers' expert modules, in the order in which they are registered."""
+
 READABLE_TYPES = ("LORA", "TRAINABLE_TOKENS")
 
 _REFUSED_FIELDS: Mapping[str, tuple[str, str]] = {
@@ -44,10 +47,6 @@ _REFUSED_FIELDS: Mapping[str, tuple[str, str]] = {
     "layer_replication": (
         "the adapter counts replicated layers that the base checkpoint does not store",
         "write the expanded base with transformers first, then merge into that",
-    ),
-    "target_parameters": (
-        "LoRA on bare parameters (fused mixture-of-experts tensors) is not supported yet",
-        "merge it with PEFT, or retrain with target_modules on the per-expert layers",
     ),
 }
 
@@ -96,6 +95,26 @@ class PeftConfig:
         if rank <= 0:
             raise MalformedAdapterError(f"{self.source}: rank {rank} for {module} in {CONFIG_NAME}")
         return alpha / (rank**0.5 if self.flag("use_rslora") else rank)
+
+    def parameters(self, module: str) -> list[str]:
+        """Return which parameters of a module ``target_parameters`` names, inner wrapper first.
+
+        PEFT nests its wrappers in the order in which the module registers its parameters.
+        """
+        entries = [str(entry) for entry in self.fields.get("target_parameters") or []]
+        leaves = {
+            entry.rpartition(".")[2]
+            for entry in entries
+            if f".{module}".endswith("." + entry.rpartition(".")[0])
+        }
+        known = [name for name in PARAMETER_ORDER if name in leaves]
+        return [*known, *sorted(leaves - set(known))]
+
+    @property
+    def swaps_parameter_axes(self) -> bool:
+        """Whether lora_A runs over the first axis of a stored expert, as up to PEFT 0.18."""
+        match = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version") or ""))
+        return match is not None and (int(match[1]), int(match[2])) < (0, 19)
 
     def saves_module(self, name: str) -> bool:
         """Return whether ``modules_to_save`` covers the tensor (PEFT: endswith, without a dot)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from loratools.deltas import DoRA, LayerDelta, LoRA, MovedBase
+from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, MovedBase
 from loratools.deltas.lora import Role
 from loratools.errors import MalformedAdapterError
 from loratools.formats.peft_config import PeftConfig
@@ -48,6 +48,31 @@ def build_layer(module: ModuleTensors, role: Role, reading: Reading) -> LayerDel
     if "magnitude" in module.tensors:
         return DoRA(lora, _magnitude(module, lora))
     return _with_start(lora, module, reading.config)
+
+
+def build_parameter(module: ModuleTensors, reading: Reading) -> LayerDelta:
+    """Return the delta of a bare parameter: a LoRA for each expert where it is a stack of them.
+
+    Layout (PEFT's ParamWrapper): rows of lora_A run expert by expert, columns of lora_B rank by
+    rank with the expert fastest.
+    """
+    _check_shapes(module, reading.config)
+    down, up = module.tensors["down"], module.tensors["up"]
+    rank = reading.config.rank(module.path)
+    experts, odd = divmod(down.shape[0], rank)
+    if odd or up.shape[1] != down.shape[0]:
+        raise MalformedAdapterError(
+            f"{reading.config.source}: {module.raw['down']} {tuple(down.shape)} and "
+            f"{module.raw['up']} {tuple(up.shape)} are no stack of rank {rank}"
+        )
+    if experts <= 1:
+        return _plain_lora(module, "linear", reading)
+    return ExpertLoRA(
+        down.reshape(experts, rank, -1),
+        up.reshape(up.shape[0], rank, experts).permute(2, 0, 1),
+        reading.config.scale(module.path) * rank,
+        flipped_if_square=reading.config.swaps_parameter_axes,
+    )
 
 
 def _check_shapes(module: ModuleTensors, config: PeftConfig) -> None:

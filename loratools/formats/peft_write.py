@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import Adapter, Extra
-from loratools.deltas import DoRA, LayerDelta, LoRA, MovedBase, RowReplacement
+from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, MovedBase, RowReplacement
 from loratools.errors import UnsupportedError
 from loratools.formats.format import Bundle
-from loratools.formats.peft_config import CONFIG_NAME, pattern_matches
+from loratools.formats.peft_config import CONFIG_NAME, PARAMETER_ORDER, pattern_matches
 
 _PREFIX = "base_model.model."
 # peft 0.21 writes the fields used here; older readers ignore or do not meet them.
@@ -45,7 +45,12 @@ def write(adapter: Adapter) -> Bundle:
     """Write the adapter as PEFT tensors and config; raises UnsupportedError for other kinds."""
     tensors: dict[str, Tensor] = {}
     for path, delta in adapter.layers.items():
-        for name, tensor in _layer_tensors(path, delta):
+        pieces = (
+            _expert_tensors(path, delta, adapter)
+            if isinstance(delta, ExpertLoRA)
+            else _layer_tensors(path, delta)
+        )
+        for name, tensor in pieces:
             tensors[_PREFIX + name] = tensor.contiguous()
     for name, extra in adapter.extras.items():
         stored, tensor = _extra_tensor(name, extra, adapter)
@@ -70,6 +75,17 @@ def _layer_tensors(path: str, delta: LayerDelta) -> Iterator[tuple[str, Tensor]]
     if isinstance(delta, MovedBase) and delta.start == "kasa":
         # The reader folded the diagonal into down.
         yield f"{path}.lora_diag", torch.ones(lora.rank, dtype=lora.down.dtype)
+
+
+def _expert_tensors(path: str, delta: ExpertLoRA, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yield a stack as PEFT's ParamWrapper stores it, nested in the order of registration."""
+    owner, _, name = path.rpartition(".")
+    later = PARAMETER_ORDER[PARAMETER_ORDER.index(name) + 1 :] if name in PARAMETER_ORDER else ()
+    depth = sum(f"{owner}.{other}" in adapter.layers for other in later)
+    module = owner + ".base_layer" * depth
+    experts, out, _ = delta.weight_shape
+    yield f"{module}.lora_A.weight", delta.down.reshape(experts * delta.rank, -1)
+    yield f"{module}.lora_B.weight", delta.up.permute(1, 2, 0).reshape(out, -1)
 
 
 def _inner_lora(path: str, delta: LayerDelta) -> LoRA:
@@ -111,25 +127,28 @@ def _extra_tensor(name: str, extra: Extra, adapter: Adapter) -> tuple[str, Tenso
 
 def _config(adapter: Adapter) -> dict[str, Any]:
     read = json.loads(adapter.metadata.get(CONFIG_NAME, "{}"))
-    config = {
-        name: read[name]
-        for name, usual in _CARRIED.items()
-        if name in read and read[name] not in usual
-    }
+    said = {name: read[name] for name in _CARRIED if name in read}
+    config = {name: value for name, value in said.items() if value not in _CARRIED[name]}
     config["peft_version"] = _PEFT_VERSION
     if not adapter.layers:
         return {**config, "peft_type": str(read.get("peft_type", "TRAINABLE_TOKENS"))}
-    loras = {path: _inner_lora(path, delta) for path, delta in adapter.layers.items()}
-    ranks = {path: lora.rank for path, lora in loras.items()}
-    alphas = {path: _stored_alpha(lora) for path, lora in loras.items()}
+    stacks = {p: delta for p, delta in adapter.layers.items() if isinstance(delta, ExpertLoRA)}
+    loras = {p: _inner_lora(p, delta) for p, delta in adapter.layers.items() if p not in stacks}
+    ranks = {path: lora.rank for path, lora in (loras | stacks).items()}
+    alphas = {path: _stored_alpha(lora) for path, lora in (loras | stacks).items()}
+    # A 2-D parameter that is no Linear's own (a router) is named as a parameter again.
+    named = [str(entry) for entry in read.get("target_parameters") or []]
+    parameters = [p for p in loras if any(f".{p}.weight".endswith(f".{n}") for n in named)]
     config |= {
         "peft_type": "LORA",
         "r": (rank := _usual(ranks)),
         "lora_alpha": (alpha := _usual(alphas)),
-        "target_modules": _targets(adapter, loras, read),
+        "target_modules": _targets({p: d for p, d in loras.items() if p not in parameters}, read),
         **_pattern("rank_pattern", ranks, rank),
         **_pattern("alpha_pattern", alphas, alpha),
     }
+    if stacks or parameters:
+        config["target_parameters"] = sorted([*stacks, *(f"{path}.weight" for path in parameters)])
     if any(isinstance(delta, DoRA) for delta in adapter.layers.values()):
         config["use_dora"] = True
     starts = {delta.start for delta in adapter.layers.values() if isinstance(delta, MovedBase)}
@@ -140,8 +159,9 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     return config
 
 
-def _stored_alpha(lora: LoRA) -> float:
-    alpha = lora.alpha / 2 if lora.role == "attention_out" else lora.alpha
+def _stored_alpha(delta: LoRA | ExpertLoRA) -> float:
+    doubled = isinstance(delta, LoRA) and delta.role == "attention_out"
+    alpha = delta.alpha / 2 if doubled else delta.alpha
     return int(alpha) if alpha == int(alpha) else alpha
 
 
@@ -166,7 +186,7 @@ def _pattern(name: str, values: Mapping[str, float], usual: float) -> dict[str, 
     return {name: {path: rows[path] for path in ordered}} if rows else {}
 
 
-def _targets(adapter: Adapter, loras: Mapping[str, LoRA], read: Mapping[str, Any]) -> list[str]:
+def _targets(loras: Mapping[str, LoRA], read: Mapping[str, Any]) -> list[str]:
     """Return the targets as read, if they still select every layer; else the full paths."""
     paths = [
         path.removesuffix(".out_proj") if lora.role == "attention_out" else path

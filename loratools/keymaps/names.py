@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from loratools.keymaps.expert_rows import EXPERTS, INFIXES
 from loratools.keymaps.transformers_rows import PREFIXES
 from loratools.suggest import nearest
 
@@ -28,6 +29,21 @@ class NameIndex:
             return [name]
         return self._renamed(name) or self._longer(name) or self._shorter(name)
 
+    def find_experts(self, parameter: str, count: int) -> list[list[str]]:
+        """Return, for each of ``count`` experts, the tensors that hold its rows of a parameter.
+
+        Empty where no row of ``EXPERTS`` leads to tensors for all of them.
+        """
+        for memory, disk in EXPERTS:
+            if not parameter.endswith(memory) or "{e}" not in disk[0]:
+                continue
+            owner = parameter.removesuffix(memory)
+            names = [[owner + d.format(e=expert) for d in disk] for expert in range(count)]
+            found = [[home for name in row for home in self.find(name)[:1]] for row in names]
+            if all(len(row) == len(disk) for row in found):
+                return found
+        return []
+
     def nearest(self, name: str) -> list[str]:
         """Return names that resemble ``name``, to suggest in an error."""
         same_ending = self._by_ending.get(_ending(name), [])
@@ -39,6 +55,13 @@ class NameIndex:
             for row in PREFIXES
             for source, target in (row, row[::-1])
             if name.startswith(source)
+        }
+        fused = [(memory, disk[0]) for memory, disk in EXPERTS if "{e}" not in disk[0]]
+        found |= {
+            name.replace(source, target, 1)
+            for row in (*INFIXES, *fused)
+            for source, target in (row, row[::-1])
+            if source in name
         }
         return sorted(found & self.names)
 

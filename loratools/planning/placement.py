@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,9 +12,18 @@ from torch import Tensor
 
 from loratools.adapter import Adapter
 from loratools.basemodel import BaseModel
-from loratools.deltas import LayerDelta, MovedBase, Replacement, RowFold, RowReplacement
+from loratools.deltas import (
+    ExpertLoRA,
+    LayerDelta,
+    LoRA,
+    MovedBase,
+    Replacement,
+    RowFold,
+    RowReplacement,
+)
 from loratools.deltas.base import ShiftFold
 from loratools.errors import MatchError, UnsupportedError
+from loratools.keymaps.expert_rows import TRANSPOSED_TYPES
 from loratools.keymaps.names import NameIndex
 from loratools.keymaps.transformers_rows import CONV1D_LEAVES, CONV1D_TYPES
 
@@ -153,6 +163,11 @@ class _Finder:
         self, path: str, delta: LayerDelta, strength: float, position: int
     ) -> Iterator[Placement]:
         self.wanted += 1
+        if isinstance(delta, ExpertLoRA):
+            split = self._split_experts(path, delta)
+            if split:
+                yield from (Placement(n, path, d, strength, position) for n, d in split)
+                return
         names = [f"{path}.{leaf}".strip(".") for leaf in delta.parameter_names]
         name = self._home(path, names)
         if name is None:
@@ -165,6 +180,36 @@ class _Finder:
             bias = self._bias_home(path, name, delta.bias_change)
             if bias is not None:
                 yield Placement(bias, path, delta, strength, position, part="bias")
+
+    def _split_experts(self, path: str, delta: ExpertLoRA) -> list[tuple[str, LoRA]]:
+        """Return the tensors of a base that stores every expert by itself, and their LoRAs."""
+        experts, out, inner = delta.weight_shape
+        homes = self.index.find_experts(path, experts)
+        if not homes:
+            return []
+        rows = [self.shapes[name][0] for name in homes[0]]
+        columns = self.shapes[homes[0][0]][1]
+        straight, flipped = (
+            (out, inner) == (sum(rows), columns),
+            (inner, out) == (sum(rows), columns),
+        )
+        if straight and flipped:
+            flipped = delta.flipped_if_square
+        if not straight and not flipped:
+            stored = f"{len(rows)} tensors of {sum(rows)} rows in all and {columns} columns"
+            self.problems.append(f"{path}: an expert is {(out, inner)}, but the base has {stored}")
+            return []
+        self.notes.append(
+            f"experts: {path.rpartition('.')[2]} is stored as {experts * len(rows)} tensors a layer"
+        )
+        pieces = []
+        for expert, names in enumerate(homes):
+            lora = delta.expert(expert)
+            if flipped:
+                lora = replace(lora, down=lora.up.T, up=lora.down.T)
+            for name, up in zip(names, torch.split(lora.up, rows), strict=True):
+                pieces.append((name, replace(lora, up=up)))
+        return pieces
 
     def _home(self, path: str, candidates: Sequence[str]) -> str | None:
         for candidate in candidates:
@@ -186,21 +231,30 @@ class _Finder:
         ending = 0
         while asked[-ending - 1 :] == found[-ending - 1 :] and ending < min(len(asked), len(found)):
             ending += 1
-        ours, theirs = asked[: len(asked) - ending], found[: len(found) - ending]
-        self.notes.append(f"names: the adapter's {ours or '(none)'!r} is the base's {theirs!r}")
+        ours, theirs = (
+            re.sub(r"\d+", "N", name[: len(name) - ending]) or "(nothing)"
+            for name in (asked, found)
+        )
+        self.notes.append(f"names: the adapter's {ours!r} is the base's {theirs!r}")
 
     def _orientation(self, path: str, name: str, delta: LayerDelta) -> bool | None:
         stored, wanted = _matrix_shape(self.shapes[name]), _matrix_shape(delta.weight_shape)
-        flipped = (wanted[1], wanted[0]) if len(wanted) == 2 else None
+        stacked = isinstance(delta, ExpertLoRA)
+        flippable = stacked or len(wanted) == 2
+        flipped = (*wanted[:-2], wanted[-1], wanted[-2]) if flippable else None
         fits_straight, fits_flipped = stored == wanted, stored == flipped
         if delta.stored_transposed is True:
             fits_straight = False
         if fits_straight and fits_flipped:
-            return self._is_conv1d(name)
+            return self._is_conv1d(name) if not stacked else self._is_flipped_stack(delta)
         if fits_straight or fits_flipped:
             return fits_flipped
         self.problems.append(f"{path}: {_mismatch(delta, name, self.shapes[name])}")
         return None
+
+    def _is_flipped_stack(self, delta: LayerDelta) -> bool:
+        old_axes = isinstance(delta, ExpertLoRA) and delta.flipped_if_square
+        return old_axes or self.base.config_word("model_type") in TRANSPOSED_TYPES
 
     def _is_conv1d(self, name: str) -> bool:
         leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]

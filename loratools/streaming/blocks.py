@@ -104,7 +104,8 @@ class Blocks:
         self.substitutes = any(fold.substitutes for fold in folds)
         self.buffers = buffers
         self.device = device
-        self.rows = work.shape[0] if work.shape else 1
+        leading = max((fold.leading for fold in folds), default=1)
+        self.rows = elements(work.shape[:leading])
         self.columns = elements(work.shape) // self.rows if self.rows else 0
         self.step = self._step()
         self.source_dtype = torch_dtype(work.source.dtype)
@@ -158,7 +159,7 @@ class Blocks:
         """Return the source's rows as stored, on the CPU."""
         source = self.work.source
         if source.values is not None:
-            return source.values.reshape(self.rows, -1)[start:stop].contiguous()
+            return source.values.reshape(self.rows, self.columns)[start:stop].contiguous()
         assert self.file is not None
         assert source.start is not None
         raw = self.buffers.take("raw", self.source_dtype, (stop - start) * self.columns)

@@ -68,7 +68,7 @@ def _copy_in_kernel(source: int, start: int, target: int, to: int, count: int) -
         # Nothing moved means the end of the file, or one of the filesystems that never report
         # a size: reading by hand tells which.
         if not moved:
-            return done
+            break
         done += moved
     return done
 

@@ -115,6 +115,14 @@ def without_head(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
 
 
+def _with_biases(model: nn.Module, dtype: torch.dtype) -> Any:
+    """Give the biases, which transformers starts at zero, values that a loss would show."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    return model.to(dtype)
+
+
 def llama(
     folder: Path,
     dtype: torch.dtype = torch.float32,
@@ -138,7 +146,7 @@ def llama(
         "initializer_range": 0.2,
         "tie_word_embeddings": tied,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | config))).to(dtype)
+    model = _with_biases(LlamaForCausalLM(LlamaConfig(**(sizes | config))), dtype)
     model.save_pretrained(folder, max_shard_size=shard_size)
     to_disk = without_head if tied else _identity
     return Base(folder, auto_class("LlamaForCausalLM"), to_disk)
@@ -160,7 +168,7 @@ def gpt2(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
     config = GPT2Config(
         n_embd=HIDDEN, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, initializer_range=0.2
     )
-    model = GPT2LMHeadModel(config).to(dtype)
+    model = _with_biases(GPT2LMHeadModel(config), dtype)
     model.save_pretrained(folder)
     names = _hub_names(dict(load_file(folder / "model.safetensors")))
     save_file(names, folder / "model.safetensors", metadata={"format": "pt"})
@@ -181,7 +189,7 @@ def bert(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
         max_position_embeddings=64,
         initializer_range=0.2,
     )
-    BertForMaskedLM(config).to(dtype).save_pretrained(folder)
+    _with_biases(BertForMaskedLM(config), dtype).save_pretrained(folder)
     return Base(folder, auto_class("BertForMaskedLM"))
 
 
@@ -230,6 +238,14 @@ class Embedded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, positions), integers under 256."""
         return self.head(self.embed(x))
+
+
+class SquareEmbedded(Embedded):
+    """An embedding whose shape does not tell rows from columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(48, 48)
 
 
 class Convs(nn.Module):
@@ -307,10 +323,11 @@ def train(base: Base, config: Any, seed: int = 1) -> Any:
     """Return PEFT's model on a fresh base, with its trainable parameters moved."""
     from peft import get_peft_model
 
+    module = base.load()
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(base.load(), config)
+        model = get_peft_model(module, config)
     perturb(model)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,13 @@ def test_grouped_convolution_is_refused(tmp_path: Path, merge: Merge) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("make", [Embedded, builders.SquareEmbedded])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_embedding(tmp_path: Path, merge: Merge, dora: bool) -> None:
+def test_embedding(
+    tmp_path: Path, merge: Merge, dora: bool, make: Callable[[], torch.nn.Module]
+) -> None:
     """Cases 9 and 10: ΔW = s·(B·A)ᵀ; DoRA takes its norm over the vocabulary."""
-    base = custom(tmp_path / "base", Embedded)
+    base = custom(tmp_path / "base", make)
     adapter = lora(base, tmp_path / "a", r=4, lora_alpha=8, target_modules=["embed"], use_dora=dora)
     merged = merge(base, adapter)
     oracles.assert_agrees(merged.tensors, oracles.peft_merged(base, adapter), base, atol=1e-6)

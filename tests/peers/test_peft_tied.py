@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import oracles
+from . import builders, oracles
 from .builders import Base, adapter_tensors, lora
 from .conftest import Merge, Merged
 
@@ -149,3 +149,33 @@ def test_other_layers_leave_the_tie(llama_tied: Base, tmp_path: Path, merge: Mer
     expected = oracles.peft_merged(llama_tied, adapter)
     oracles.assert_agrees(merged.tensors, expected, llama_tied, atol=1e-6)
     assert tie_flag(merged) is True
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [("gpt2", "lm_head"), ("gpt2", "wte"), ("bert", "decoder"), ("bert", "word_embeddings")],
+)
+def test_other_names(
+    request: pytest.FixtureRequest, tmp_path: Path, merge: Merge, architecture: str, target: str
+) -> None:
+    """Cases 17 and 18 where the two modules have other names, and a bias is tied as well."""
+    base: Base = request.getfixturevalue(architecture)
+    adapter = lora(base, tmp_path / "a", r=4, lora_alpha=8, target_modules=[target])
+    merged = merge(base, adapter)
+    assert tie_flag(merged) is False
+    assert_logits(base, adapter, merged)
+    assert (oracles.output(base.load(merged.folder)) - oracles.output(base.load())).abs().max() > 1
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["said", "by default"])
+def test_tied_by_default(tmp_path: Path, merge: Merge, said: bool) -> None:
+    """GPT-2 ties its head whether its config.json says so, or (on the Hub) not a word."""
+    base = builders.gpt2(tmp_path / "base")
+    settings = json.loads((base.folder / "config.json").read_text())
+    settings.pop("tie_word_embeddings")
+    settings |= {"tie_word_embeddings": True} if said else {}
+    (base.folder / "config.json").write_text(json.dumps(settings))
+    adapter = lora(base, tmp_path / "a", r=4, target_modules=["lm_head"])
+    merged = merge(base, adapter)
+    assert tie_flag(merged) is False
+    assert_logits(base, adapter, merged)
