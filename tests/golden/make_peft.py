@@ -161,7 +161,8 @@ def settle_config(path: Path, case: Case) -> None:
     """
     config = json.loads(path.read_text())
     for key in ("target_modules", "modules_to_save"):
-        config[key] = config.get(key) and sorted(config[key])
+        if isinstance(config.get(key), list):
+            config[key].sort()
     config |= {key: case.words[key] for key in PATTERNS if key in case.words}
     path.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loratools.errors import UnsupportedError
 
@@ -54,8 +55,8 @@ def test_converted(llama: Base, tmp_path: Path, merge: Merge, init: str, rslora:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(init_lora_weights=init, use_rslora=rslora, **SETTINGS)
-    builders.torch.manual_seed(1)
     model = get_peft_model(llama.load(), config)
+    torch.manual_seed(1)
     model.peft_config["default"].init_lora_weights = True
     builders.save(model, tmp_path / "init")
     model.peft_config["default"].init_lora_weights = init

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loratools.errors import MatchError
+
 from . import builders, oracles
 from .builders import LINEARS, Base, Tensors, lora
 from .conftest import Merge
@@ -104,3 +106,45 @@ def test_lora_and_replacement(llama: Base, tmp_path: Path, merge: Merge) -> None
     expected = combined(llama, {first: 1.0, second: 1.0}) | {"lm_head.weight": saved}
     oracles.assert_agrees(merged, oracles.rounded(expected, llama.tensors), llama, atol=1e-6)
     assert torch.equal(merged["lm_head.weight"], saved)
+
+
+def test_two_replacements(llama: Base, tmp_path: Path, merge: Merge) -> None:
+    """One tensor cannot hold two different copies; the same copy twice is no contradiction."""
+    first, second = (
+        lora(
+            llama,
+            tmp_path / str(seed),
+            seed=seed,
+            r=4,
+            target_modules=["q_proj"],
+            modules_to_save=["lm_head"],
+        )
+        for seed in (1, 2)
+    )
+    with pytest.raises(MatchError, match="lm_head"):
+        merge(llama, [first, second])
+    assert not (tmp_path / "merged").exists()
+    merged = merge(llama, [first, first]).tensors
+    saved = builders.adapter_tensors(first)["lm_head.weight"]
+    assert torch.equal(merged["lm_head.weight"], saved)
+
+
+def test_overlapping_rows(llama: Base, tmp_path: Path, merge: Merge) -> None:
+    """Nor can one token's row hold two different vectors; rows apart from each other can meet."""
+    first, second, apart = (
+        lora(
+            llama,
+            tmp_path / str(seed),
+            seed=seed,
+            r=4,
+            target_modules=["q_proj"],
+            trainable_token_indices=rows,
+        )
+        for seed, rows in ((1, [5, 3]), (2, [9, 3]), (3, [40]))
+    )
+    with pytest.raises(MatchError, match="embed_tokens"):
+        merge(llama, [first, second])
+    merged = merge(llama, [first, apart]).tensors["model.embed_tokens.weight"]
+    delta = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    assert torch.equal(merged[[5, 3]], builders.adapter_tensors(first)[delta])
+    assert torch.equal(merged[[40]], builders.adapter_tensors(apart)[delta])

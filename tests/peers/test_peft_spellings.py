@@ -146,12 +146,12 @@ def named_adapter(base: Base, folder: Path, *names: str) -> Path:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, target_modules=["q_proj"])
-    torch.manual_seed(6)
     model = get_peft_model(base.load(), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in parameter_name)
+    torch.manual_seed(6)
     builders.perturb(model)
     return builders.save(model, folder)
 
