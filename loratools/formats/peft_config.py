@@ -87,11 +87,21 @@ class PeftConfig:
         value = self._patterned("rank_pattern", module, self.fields.get("r", _DEFAULT_RANK))
         return int(self._number("r", value))
 
-    def scale(self, module: str) -> float:
-        """Return alpha/r or alpha/√r (rank-stabilised) of a module, in PEFT's way."""
+    def scale(self, module: str, stored_rank: int | None = None) -> float:
+        """Return alpha/r or alpha/√r (rank-stabilised) of a module, in PEFT's way.
+
+        PEFT sorts the patterns when it saves them, so that the first match may be another than
+        it was in training. Where ``stored_rank`` contradicts the first match and agrees with a
+        later one, that one's row is taken for both rank and alpha.
+        """
         default = self.fields.get("lora_alpha", _DEFAULT_ALPHA)
-        alpha = self._number("lora_alpha", self._patterned("alpha_pattern", module, default))
-        rank = self.rank(module)
+        row = self.resorted_row(module, stored_rank) if stored_rank else None
+        if row is not None and row in (self.fields.get("alpha_pattern") or {}):
+            value = self.fields["alpha_pattern"][row]
+        else:
+            value = self._patterned("alpha_pattern", module, default)
+        alpha = self._number("lora_alpha", value)
+        rank = self.rank(module) if row is None or stored_rank is None else stored_rank
         if rank <= 0:
             raise MalformedAdapterError(f"{self.source}: rank {rank} for {module} in {CONFIG_NAME}")
         return alpha / (rank**0.5 if self.flag("use_rslora") else rank)
@@ -115,6 +125,18 @@ class PeftConfig:
         """Whether lora_A runs over the first axis of a stored expert, as up to PEFT 0.18."""
         match = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version") or ""))
         return match is not None and (int(match[1]), int(match[2])) < (0, 19)
+
+    def resorted_row(self, module: str, stored_rank: int) -> str | None:
+        """Return the later rank_pattern that says ``stored_rank`` where the first does not."""
+        if self.rank(module) == stored_rank:
+            return None
+        patterns = self.fields.get("rank_pattern") or {}
+        fitting = (
+            pattern
+            for pattern, value in patterns.items()
+            if value == stored_rank and pattern_matches(pattern, module, self.source)
+        )
+        return next(fitting, None)
 
     def saves_module(self, name: str) -> bool:
         """Return whether ``modules_to_save`` covers the tensor (PEFT: endswith, without a dot)."""

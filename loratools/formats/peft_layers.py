@@ -111,13 +111,8 @@ def _plain_lora(module: ModuleTensors, role: Role, reading: Reading) -> LoRA:
             f"{tuple(module.tensors['down'].shape)} and {module.raw['up']} is "
             f"{tuple(module.tensors['up'].shape)}"
         )
-    configured = reading.config.rank(module.path)
-    if configured != rank:
-        reading.notes.append(
-            f"{module.path}: the tensors have rank {rank} but the config says {configured}; "
-            "PEFT scales by the config's, so does loratools"
-        )
-    scale = reading.config.scale(module.path)
+    _note_other_rank(module.path, rank, reading)
+    scale = reading.config.scale(module.path, rank)
     if role == "attention_out":
         scale *= _ATTENTION_OUT_FACTOR
         reading.notes.append(
@@ -125,6 +120,20 @@ def _plain_lora(module: ModuleTensors, role: Role, reading: Reading) -> LoRA:
             "own forward pass and merge of nn.MultiheadAttention"
         )
     return LoRA(down, up, scale * rank, module.tensors.get("bias"), role)
+
+
+def _note_other_rank(path: str, rank: int, reading: Reading) -> None:
+    configured = reading.config.rank(path)
+    if configured == rank:
+        return
+    row = reading.config.resorted_row(path, rank)
+    if row is not None:
+        word = f"rank_pattern {row!r} is taken, which says so (PEFT sorts its patterns on saving)"
+    else:
+        word = "the scale is alpha over the config's, as in the run that wrote it"
+    reading.notes.append(
+        f"{path}: the tensors have rank {rank}, the config's first match says {configured}; {word}"
+    )
 
 
 def _expanded(module: ModuleTensors, config: PeftConfig) -> tuple[Tensor, Tensor]:

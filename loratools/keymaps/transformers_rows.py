@@ -49,6 +49,13 @@ TIED: tuple[tuple[str, str], ...] = (
 )
 """Pairs (output head, input embedding) that share one tensor when the config says so."""
 
+TIED_BIASES: tuple[tuple[str, str], ...] = (
+    # the head's bias, the stored bias that it shares
+    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ("lm_head.decoder.bias", "lm_head.bias"),
+)
+"""Biases that are tied along with a head, and so are untied along with it."""
+
 HEADS: tuple[str, ...] = (
     "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining",
     "DoubleHeadsModel", "WithLMHeadModel",

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loratools.adapter import Adapter
 from loratools.adapter_io import load_adapter
 from loratools.basemodel import BaseModel, BaseTensor
-from loratools.deltas import Replacement
+from loratools.deltas import Replacement, RowReplacement
 from loratools.errors import MatchError, NonFiniteError, OptionError, UnsupportedError
 from loratools.planning.placement import Placement, place_adapters
 from loratools.planning.tied_embeddings import Tie, find_tie, resolve_tie
@@ -189,6 +190,7 @@ def _fold_maker(placements: tuple[Placement, ...]) -> MakeFolds:
 def _replacement(name: str, placements: Sequence[Placement]) -> Placement | None:
     """Return the placement that replaces the tensor as a whole; two different ones collide."""
     found = [p for p in placements if isinstance(p.delta, Replacement)]
+    _refuse_row_conflicts(name, placements, replaced=bool(found))
     values = [p.delta.tensors()["value"] for p in found]
     for placement, value in zip(found[1:], values[1:], strict=True):
         if value.shape != values[0].shape or not torch.equal(value, values[0]):
@@ -198,6 +200,24 @@ def _replacement(name: str, placements: Sequence[Placement]) -> Placement | None
                 hint="merge one of them first, or take the tensor out of the other",
             )
     return found[0] if found else None
+
+
+def _refuse_row_conflicts(name: str, placements: Sequence[Placement], *, replaced: bool) -> None:
+    """Refuse two adapters that set the same row of a table to different values."""
+    rows: dict[int, tuple[int, Tensor]] = {}
+    for placement in placements:
+        if not isinstance(placement.delta, RowReplacement):
+            continue
+        for index, row in zip(placement.delta.indices, placement.delta.rows, strict=True):
+            other, value = rows.setdefault(index, (placement.adapter, row))
+            if replaced or not torch.equal(value, row):
+                raise MatchError(
+                    f"{name}: adapters {other + 1} and {placement.adapter + 1} both replace row "
+                    f"{index}"
+                    if not replaced
+                    else f"{name}: one adapter replaces the table and another its row {index}",
+                    hint="merge one of them first, or take the tensor out of the other",
+                )
 
 
 def _own_values(name: str, placement: Placement) -> BaseTensor:

@@ -19,7 +19,7 @@ from loratools.basemodel import BaseModel
 from loratools.deltas import LoRA, Replacement, RowReplacement
 from loratools.errors import UnsupportedError
 from loratools.keymaps.names import NameIndex
-from loratools.keymaps.transformers_rows import HEADS, TIED, UNTYING_CHANGES_FORWARD
+from loratools.keymaps.transformers_rows import HEADS, TIED, TIED_BIASES, UNTYING_CHANGES_FORWARD
 from loratools.planning.placement import Placement
 
 Placements = tuple[Placement, ...]
@@ -102,12 +102,26 @@ def resolve_tie(base: BaseModel, tie: Tie | None, by_tensor: Mapping[str, Placem
         return Untied({**rest, **kept}, {tie.head: tie.input}, notes=(note,))
     _refuse_untying(base)
     split = {tie.input: shared + own_input, tie.head: shared + own_head}
+    biases = _untied_biases(base, tie)
+    split |= {name: by_tensor.get(name, ()) for name in biases}
     note = (
         f"tied embeddings: {tie.input} and {tie.head} now differ, so both are stored and "
         "tie_word_embeddings is false"
     )
     config = {"tie_word_embeddings": False}
-    return Untied({**rest, **split}, {tie.head: tie.input}, config, (note,))
+    return Untied({**rest, **split}, {tie.head: tie.input, **biases}, config, (note,))
+
+
+def _untied_biases(base: BaseModel, tie: Tie) -> dict[str, str]:
+    """Return the biases that are tied along with the head: name → the stored tensor they copy."""
+    names = NameIndex(base.tensors)
+    found = {}
+    for bias, shared in TIED_BIASES:
+        stored = names.find(shared)
+        belongs = bias.removesuffix("bias") == tie.head.removesuffix("weight")
+        if belongs and bias not in base.tensors and len(stored) == 1:
+            found[bias] = stored[0]
+    return found
 
 
 def _split_shared(

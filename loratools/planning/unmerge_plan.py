@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from loratools.basemodel import BaseModel
 from loratools.errors import MatchError, UnsupportedError
 from loratools.planning.merge_plan import LoadedAdapter, MergePlan, plan_merge
 from loratools.report import Json, Note
-from loratools.streaming.blocks import TensorResult, TensorWork
+from loratools.streaming.blocks import TensorResult, TensorWork, sample
 from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, unchanged
 from loratools.tensorfiles.dtypes import torch_dtype
 
@@ -28,6 +29,8 @@ def plan_restore(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdap
     Raises:
         MatchError: the two are not the same model.
     """
+    if loaded:
+        check_merged(merged, base, loaded)
     touched = set(plan_merge(base, loaded).placements) if loaded else set(base.tensors)
     added = {name for name in touched if name not in base.tensors and name in merged.tensors}
     if not loaded:
@@ -45,6 +48,39 @@ def plan_restore(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdap
         if name in touched or _looks_different(merged, base, name)
     }
     return plan_checkpoint(merged, restored, dropped=added, config=_config_back(merged, base))
+
+
+def check_merged(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdapter]) -> None:
+    """Raise MatchError if ``merged`` does not look like ``base`` with the adapters folded in.
+
+    The first rows of every touched tensor are compared: the change found there must be the
+    adapters' change, and nothing else, up to a rounding other than ours.
+    """
+    plan = plan_merge(base, loaded)
+    for name in plan.placements:
+        found = merged.tensors.get(name)
+        expected = sample(plan.checkpoint.works[name])
+        if found is None or expected is None or found.shape != plan.checkpoint.works[name].shape:
+            continue
+        stored = sample(unchanged(found))
+        if stored is not None and not _is_same_change(*expected, stored[1], found.dtype):
+            raise MatchError(
+                f"{merged.path}: {name} is not what these adapters make of {base.path}",
+                hint="give the adapters and strengths it was merged with, and that base; without "
+                "adapters, --base alone takes every tensor from it",
+            )
+
+
+def _is_same_change(before: Tensor, after: Tensor, stored: Tensor, dtype: str) -> bool:
+    change, found = after - before, stored - before
+    size = float(change.norm())
+    if size == 0:
+        return True
+    noise = float(torch.finfo(torch_dtype(dtype)).eps) * float(before.norm())
+    share = float((change * found).sum()) / size**2
+    return abs(share - 1) <= 0.25 + noise / size and float((found - change).norm()) <= max(
+        size / 2, 2 * noise
+    )
 
 
 def _looks_different(merged: BaseModel, base: BaseModel, name: str) -> bool:

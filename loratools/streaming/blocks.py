@@ -78,6 +78,19 @@ class TensorResult:
     result_norm: float
 
 
+def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
+    """Return the first block of a work's source and of its result, (rows, columns) in float32.
+
+    ``None`` for an empty tensor and for folds that need the whole matrix at once.
+    """
+    folds = list(work.folds("cpu")) if work.folds else []
+    if work.elements == 0 or any(fold.reach == "whole" for fold in folds):
+        return None
+    with Blocks(work, folds, Buffers(), "cpu") as blocks:
+        blocks.measure()
+        return blocks.first()
+
+
 class Buffers:
     """Memory that every block of a thread reuses."""
 
@@ -145,6 +158,14 @@ class Blocks:
             raw = self._read(start, stop)
             out = self._fold_block(raw, start) if self.folds else self._cast(raw, start)
             yield _bytes(out), start * self.columns * self.dtype.itemsize
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Return the first block before and after, in float32."""
+        start, stop = next(self._spans())
+        raw = self._read(start, stop)
+        before = raw.to(torch.float32)
+        after = self._fold_block(raw, start) if self.folds else raw
+        return before, after.to(torch.float32).reshape(before.shape).clone()
 
     def result(self) -> TensorResult:
         """Return what folding did, after the last block."""

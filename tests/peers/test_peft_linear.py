@@ -202,3 +202,25 @@ def assert_same_files(left: Tensors, right: Tensors) -> None:
     """Assert that two sets of tensors are the same, bit for bit."""
     assert sorted(left) == sorted(right)
     assert all(oracles.same_bits(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_patterns_that_peft_has_sorted(llama: Base, tmp_path: Path, merge: Merge) -> None:
+    """PEFT saves its patterns sorted: the tensors' own rank tells which row was meant.
+
+    PEFT 0.21 cannot load such a file again; the oracle is the model that was saved.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        rank_pattern={"q_proj": 6, "layers.1.self_attn.q_proj": 2},
+        alpha_pattern={"q_proj": 12, "layers.1.self_attn.q_proj": 1},
+    )
+    model = builders.train(llama, config)
+    adapter = builders.save(model, tmp_path / "a")
+    expected = oracles.output(model.eval())
+    merged = merge(llama, adapter)
+    assert (oracles.output(llama.load(merged.folder)) - expected).abs().max() < 1e-4
+    assert merged.notes_on("layers.1.self_attn.q_proj")

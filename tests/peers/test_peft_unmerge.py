@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from loratools.errors import LoratoolsError, UnsupportedError
+from loratools.errors import LoratoolsError, MatchError, UnsupportedError
 from loratools.merge import unmerge_from_base
 
 from . import builders, oracles
@@ -138,3 +139,21 @@ def test_another_adapter(llama: Base, gpt2: Base, tmp_path: Path, merge: Merge) 
     with pytest.raises(LoratoolsError):
         unmerge_from_base(llama.folder, adapter, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_was_not_merged(tmp_path: Path, merge: Merge, dtype: torch.dtype) -> None:
+    """Another base, another adapter or another strength is noticed before anything is copied."""
+
+    base = builders.llama(tmp_path / "base", dtype)
+    other = builders.llama(tmp_path / "other", dtype, initializer_range=0.1)
+    adapter = lora(base, tmp_path / "a", r=4, target_modules=["q_proj", "down_proj"])
+    stranger = lora(base, tmp_path / "b", r=4, target_modules=["q_proj"], seed=99)
+    folder = merge(base, adapter).folder
+    wrong = [(other.folder, [adapter]), (base.folder, [stranger]), (base.folder, [(adapter, 0.5)])]
+    for number, (given, adapters) in enumerate(wrong):
+        with pytest.raises(MatchError, match=r"(q|down)_proj"):
+            unmerge_from_base(folder, adapters, tmp_path / f"out{number}", base=given)
+        assert not (tmp_path / f"out{number}").exists()
+    unmerge_from_base(folder, [adapter], tmp_path / "out", base=base.folder)
+    assert oracles.changed(builders.load_tensors(tmp_path / "out"), base) == set()
