@@ -9,15 +9,22 @@ from pathlib import Path
 from torch import Tensor
 
 from loratools.adapter import Adapter
-from loratools.errors import InputError, MissingFileError
+from loratools.errors import CorruptFileError, InputError, MissingFileError
 from loratools.formats import detect_format, get_format
-from loratools.formats.format import Bundle, Listing
+from loratools.formats.format import Bundle, Format, Listing
+from loratools.formats.kohya_metadata import with_hashes
 from loratools.tensorfiles.atomic import staged_output
 from loratools.tensorfiles.safetensors import load_tensors, save_tensors
 from loratools.tensorfiles.torch_zip import load_torch
 
-WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-"""What an adapter folder's weights are called; the first that exists is read, as PEFT does."""
+WEIGHT_NAMES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
+"""What an adapter folder's weights are called, PEFT's names and diffusers'; the first that exists
+is read, as PEFT does."""
 
 _SIDECARS = ("adapter_config.json",)
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -33,6 +40,11 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         UnknownFormatError: the file is in no known adapter format.
         MalformedAdapterError, UnsupportedError: see the format.
     """
+    return open_adapter(path)[1]
+
+
+def open_adapter(path: str | os.PathLike[str]) -> tuple[Format, Adapter]:
+    """Read the adapter at ``path`` and say in which format it was; see ``load_adapter``."""
     weights = find_weights(Path(path))
     bundle = load_bundle(weights, source=str(path))
     listing = Listing(
@@ -40,7 +52,8 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         bundle.metadata,
         bundle.sidecars,
     )
-    return detect_format(listing, str(path)).read(bundle)
+    found = detect_format(listing, str(path))
+    return found, found.read(bundle)
 
 
 def save_adapter(
@@ -52,6 +65,10 @@ def save_adapter(
 ) -> None:
     """Write ``adapter`` to ``path`` in ``format``, atomically.
 
+    ``path`` is the file itself if the format is a single file, or if it ends in ``.safetensors``
+    and the format needs no side files; else it is a folder. Hashes in the metadata are those of
+    the bytes that are written.
+
     Raises:
         OptionError: unknown format.
         UnsupportedError: the format cannot hold the adapter.
@@ -60,9 +77,12 @@ def save_adapter(
     chosen = get_format(format)
     bundle = chosen.write(adapter)
     target = Path(path)
-    with staged_output(target, folder=chosen.weights_file is not None, overwrite=overwrite) as work:
-        weights = work / chosen.weights_file if chosen.weights_file else work
-        save_tensors(weights, bundle.tensors, bundle.metadata)
+    alone = target.suffix == ".safetensors" and not bundle.sidecars
+    inside = None if alone else chosen.weights_file
+    metadata = with_hashes(bundle.metadata, bundle.tensors)
+    with staged_output(target, folder=inside is not None, overwrite=overwrite) as work:
+        weights = work / inside if inside else work
+        save_tensors(weights, bundle.tensors, metadata)
         for name, text in bundle.sidecars.items():
             (weights.parent / name).write_text(text, encoding="utf-8")
 
@@ -106,7 +126,7 @@ def _no_weights(path: Path) -> MissingFileError:
     elif (path / "config.json").is_file() or single:
         hint = "this looks like a base model; name the adapter's folder or file instead"
     else:
-        hint = f"an adapter folder holds {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[1]}"
+        hint = f"an adapter folder holds {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]}"
     return MissingFileError(f"{path}: no adapter weights in this folder", hint=hint)
 
 
@@ -119,8 +139,18 @@ def load_bundle(weights: Path, source: str) -> Bundle:
     else:
         tensors, metadata = load_tensors(weights)
     sidecars = {
-        name: (weights.parent / name).read_text(encoding="utf-8")
+        name: _read_text(weights.parent / name)
         for name in _SIDECARS
         if (weights.parent / name).is_file()
     }
     return Bundle(tensors, metadata, sidecars, source)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})",
+            hint="save it again as UTF-8",
+        ) from error

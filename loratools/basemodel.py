@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ _SINGLE = (
 )  # fmt: skip
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-_LEFT_FOLDERS = (".git", ".cache", "__pycache__")
+_LEFT_FOLDERS = re.compile(r"\.git|\.cache|__pycache__|checkpoint-\d+")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +88,12 @@ class BaseModel:
         """Whether the base is a folder rather than one file."""
         return self.path.is_dir()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The model and every file of it, which may be links to somewhere else."""
+        side = (self.path / name for name in self.side_files)
+        return (self.path, *(shard.path for shard in self.shards), *side)
+
     @cached_property
     def tensors(self) -> Mapping[str, BaseTensor]:
         """Every tensor by name."""
@@ -143,8 +150,65 @@ def open_base(path: str | os.PathLike[str]) -> BaseModel:
     return BaseModel(where, shards, index, metadata, _read_config(where), side, left)
 
 
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A diffusers pipeline folder: several models side by side.
+
+    Attributes:
+        path: as the user gave it.
+        components: folder name → model, for the networks that adapters change.
+        other_files: every file outside those folders, relative to ``path``.
+    """
+
+    path: Path
+    components: Mapping[str, BaseModel]
+    other_files: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The pipeline and every file of it, which may be links to somewhere else."""
+        inside = (file for model in self.components.values() for file in model.files)
+        return (self.path, *inside, *(self.path / name for name in self.other_files))
+
+
+_ADAPTED = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
+
+
+def is_pipeline(path: Path) -> bool:
+    """Return whether ``path`` is a diffusers pipeline folder."""
+    return (path / "model_index.json").is_file()
+
+
+def open_pipeline(path: Path) -> Pipeline:
+    """Open the networks of a diffusers pipeline folder that adapters can change.
+
+    Raises: as ``open_base`` for each of them.
+    """
+    components = {name: open_base(path / name) for name in _ADAPTED if (path / name).is_dir()}
+    if not components:
+        raise MissingFileError(f"{path}: a pipeline without any of {', '.join(_ADAPTED)}")
+    others = [
+        found for found in _files_below(path) if found.relative_to(path).parts[0] not in components
+    ]
+    return Pipeline(path, components, tuple(found.relative_to(path) for found in others))
+
+
+def _files_below(where: Path) -> Iterator[Path]:
+    """Yield every file that belongs to a model folder, in a fixed order."""
+    for folder, folders, files in os.walk(where):
+        folders[:] = sorted(name for name in folders if not _LEFT_FOLDERS.fullmatch(name))
+        yield from (Path(folder) / name for name in sorted(files))
+
+
 def _refuse_other_folders(where: Path) -> None:
-    if (where / "model_index.json").is_file():
+    if is_pipeline(where):
         raise UnsupportedError(
             f"{where}: a diffusers pipeline, not one model",
             hint="name one of its components, such as its unet or transformer folder",
@@ -160,7 +224,9 @@ def _weight_files(where: Path) -> tuple[list[str], str | None]:
     present = {child.name for child in where.iterdir()}
     for single in _SINGLE:
         index = single + INDEX_SUFFIX
-        if index in present:
+        # transformers reads the whole file where both are present, diffusers the index.
+        sharded = index in present and (single not in present or single.startswith("diffusion"))
+        if sharded:
             shards = set(read_index(where / index).weight_map.values())
             return sorted(shards), index
         if single in present:
@@ -226,18 +292,22 @@ def _side_files(
     """Split what lies beside the weights into what comes along and what does not."""
     side: list[Path] = []
     left: list[Path] = []
-    for folder, folders, files in os.walk(where):
-        folders[:] = sorted(name for name in folders if name not in _LEFT_FOLDERS)
-        for name in sorted(files):
-            path = Path(folder) / name
-            if path in used or path == where / (index or ""):
-                continue
+    for path in _files_below(where):
+        if path not in used and path != where / (index or ""):
+            if not path.exists():
+                raise MissingFileError(
+                    f"{path}: a link to a file that is not there",
+                    hint="finish the download, or remove the link",
+                )
             (left if _is_other_copy(path, where) else side).append(path.relative_to(where))
     return tuple(side), tuple(left)
 
 
 def _is_other_copy(path: Path, where: Path) -> bool:
     """Return whether a file holds the model's weights once more, so that a merge makes it stale."""
+    # With an adapter's config beside it, transformers takes a model for an adapter.
+    if path.name == "adapter_config.json":
+        return True
     if path.suffix not in _WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
         return False
     # A sub-folder with its own config is another module (sentence-transformers' 2_Dense).

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failed for a stated reason; 2 wrong usage; 130 interrupted
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -21,6 +22,8 @@ from loratools.errors import LoratoolsError, OptionError
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("merge", "Fold adapters into a base model."),
     ("unmerge", "Take adapters out of a merged model again."),
+    ("convert", "Write adapters in another format, with the same change of weights."),
+    ("diff", "Compare two adapters by the change they make."),
     ("inspect", "Say what is in an adapter or a base model."),
     ("formats", "List the adapter formats."),
     ("demo", "Make a small base and adapter, merge them, prove the result."),
@@ -61,17 +64,26 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORATOOLS"},
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Each command's --help has examples. Exit codes: 0 done, 1 failed for a stated "
     "reason, 2 wrong usage, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="loratools")
 def cli() -> None:
-    """Work on LoRA adapters from files alone: merge, unmerge, inspect."""
+    """Work on LoRA adapters from files alone: merge, unmerge, convert, compare, inspect."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled like Ctrl-C so that unfinished output is removed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
@@ -82,19 +94,27 @@ def run(arguments: Sequence[str]) -> int:
         code = cli.main(args=list(arguments), prog_name="loratools", standalone_mode=False)
     except click.UsageError as error:
         return output.usage_error(error)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stopped:
         output.interrupted()
-        return 130
-    except LoratoolsError as error:
-        if os.environ.get("LORATOOLS_DEBUG") == "1":
-            raise
-        output.error(error)
-        return 2 if isinstance(error, OptionError) else 1
+        return 143 if isinstance(stopped, Terminated) else 130
     except BrokenPipeError:
         # The reader has gone (`| head`); there is nobody left to tell.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         return 1
+    except (LoratoolsError, OSError) as error:
+        if os.environ.get("LORATOOLS_DEBUG") == "1":
+            raise
+        output.error(error if isinstance(error, LoratoolsError) else system_error(error))
+        return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
+
+
+def system_error(error: OSError) -> LoratoolsError:
+    """Return what the operating system refused as an error that names the file, if it does."""
+    where = f"{error.filename}: " if error.filename else ""
+    return LoratoolsError(
+        f"{where}{error.strerror or error}", hint="LORATOOLS_DEBUG=1 shows where it happened"
+    )
 
 
 if __name__ == "__main__":

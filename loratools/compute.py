@@ -67,6 +67,10 @@ def _check_device(device: str) -> None:
             hint="use --device cpu, or install a torch build for your accelerator",
         )
     index = device.partition(":")[2]
+    if device != kind and not (kind == "cuda" and index.isdecimal()):
+        raise OptionError(
+            f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps with --device"
+        )
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise OptionError(
             f"device {device!r} does not exist: torch sees {torch.cuda.device_count()}",

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loratools.errors import LoratoolsError, OutputError
+from loratools.errors import LoratoolsError
 from loratools.merge import merge_into_base
 from loratools.report import Json, Report
+from loratools.tensorfiles.atomic import staged_output
 
 _WIDTH, _INNER, _LAYERS, _VOCABULARY, _RANK, _ALPHA = 64, 160, 3, 256, 4, 8
 _TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -36,18 +37,15 @@ def run_demo(output: str | os.PathLike[str] | None = None, *, overwrite: bool = 
     if output is None:
         with tempfile.TemporaryDirectory() as temporary:
             return _run(Path(temporary), None)
-    folder = Path(output)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(f"{folder}: exists", hint="--overwrite replaces the demo's files in it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return _run(folder, str(folder))
+    with staged_output(Path(output), folder=True, overwrite=overwrite) as staged:
+        return _run(staged, str(output))
 
 
 def _run(folder: Path, kept: str | None) -> Report:
     base, adapter, merged = folder / "base", folder / "adapter", folder / "merged"
     make_base(base)
     make_adapter(adapter)
-    report = merge_into_base(base, adapter, merged, overwrite=True)
+    report = merge_into_base(base, adapter, merged)
     tokens = torch.arange(0, _VOCABULARY, 5)
     plain = forward(base, tokens)
     expected = forward(base, tokens, adapter)

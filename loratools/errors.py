@@ -5,6 +5,7 @@
     │   ├── MissingFileError      a path that does not exist
     │   ├── CorruptFileError      a header, index or payload that contradicts itself
     │   ├── UnknownFormatError    no adapter format, or more than one, fits the file
+    │   ├── UnknownArchitectureError no known model has these modules, or several have
     │   ├── MalformedAdapterError an adapter whose tensors do not belong together
     │   ├── UnsupportedError      recognised, and refused with the reason
     │   └── NonFiniteError        NaN or infinity where a number belongs
@@ -41,6 +42,10 @@ class CorruptFileError(InputError):
 
 class UnknownFormatError(InputError):
     """No known adapter format fits the file, or more than one does."""
+
+
+class UnknownArchitectureError(InputError):
+    """No known architecture has an adapter's or base's modules, or more than one has."""
 
 
 class MalformedAdapterError(InputError):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from loratools.adapter_io import find_weights
-from loratools.basemodel import BaseModel, open_base
+from loratools.basemodel import BaseModel, is_pipeline, open_base, open_pipeline
 from loratools.compute import Compute, resolve_compute
 from loratools.deltas import Replacement
 from loratools.errors import MatchError
@@ -23,6 +24,7 @@ from loratools.planning.merge_plan import (
     load_adapters,
     plan_merge,
 )
+from loratools.planning.networks import plan_pipeline
 from loratools.planning.placement import Placement
 from loratools.planning.unmerge_plan import (
     bound_notes,
@@ -32,8 +34,9 @@ from loratools.planning.unmerge_plan import (
 )
 from loratools.report import Json, Note, Report
 from loratools.streaming.blocks import TensorResult, TensorWork
-from loratools.streaming.checkpoint import check_suffix, write_checkpoint
+from loratools.streaming.checkpoint import Results, check_suffix, write_checkpoints
 from loratools.streaming.rewriting import Progress
+from loratools.tensorfiles.atomic import require_space
 from loratools.tensorfiles.destination import check_destination
 
 
@@ -44,6 +47,7 @@ def merge_into_base(
     *,
     dtype: str = "keep",
     device: str = "cpu",
+    arch: str | None = None,
     residual_base: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -55,15 +59,18 @@ def merge_into_base(
     W + Σ strength·(W′ − W), every W′ of the unmerged W, summed in float32 and rounded once.
 
     Args:
-        base: a Hugging Face folder, a diffusers component folder or one weights file.
-        adapters: paths, or (path, strength) pairs.
+        base: a Hugging Face folder, a diffusers pipeline or component folder, or one weights file
+            (of a language model, LDM, BFL, ComfyUI ...).
+        adapters: paths, or (path, strength) pairs, in any format.
         output: a folder if the base is one, else a .safetensors file.
         dtype: ``keep``, ``fp32``, ``bf16`` or ``fp16`` for every float tensor of the output.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``.
+        arch: the adapters' architecture, where the files do not tell.
         residual_base: the base already lacks what PiSSA, OLoRA ... took out of it.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
-        progress: called with counts of bytes written, from several threads.
+        progress: called with the bytes just written and those of the whole job, from several
+            threads.
 
     Raises:
         InputError: files that cannot be used (see the subclasses in ``loratools.errors``).
@@ -71,13 +78,19 @@ def merge_into_base(
         OutputError: the destination is refused.
         OptionError: an unknown dtype or device, or a strength that is 0 or not finite.
     """
-    model = open_base(base)
+    root = Path(base)
     compute = resolve_compute(device)
     loaded = load_adapters(adapters)
-    plan = plan_merge(model, loaded, dtype=dtype, residual_base=residual_base)
-    inputs = [find_weights(Path(one.path)) for one in loaded]
-    results = _write(plan, Path(output), inputs, compute, overwrite, dry_run, progress)
-    return _report("merge", model, loaded, plan, results, None if dry_run else str(output))
+    plan = partial(plan_merge, dtype=dtype, residual_base=residual_base, arch=arch)
+    if is_pipeline(root):
+        pipeline = open_pipeline(root)
+        plans = plan_pipeline(pipeline, loaded, plan, arch)
+        job = _Job(root, plans, loaded, pipeline.files, pipeline.other_files)
+    else:
+        model = open_base(root)
+        job = _Job(root, {"": plan(model, loaded)}, loaded, model.files)
+    results = _write(job, Path(output), compute, overwrite, dry_run, progress)
+    return _report("merge", job, results, None if dry_run else str(output))
 
 
 def unmerge_from_base(
@@ -104,7 +117,8 @@ def unmerge_from_base(
         device: see ``merge_into_base``.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
-        progress: called with counts of bytes written, from several threads.
+        progress: called with the bytes just written and those of the whole job, from several
+            threads.
 
     Raises:
         UnsupportedError: without a base: DoRA, replaced tensors, initialisations that move it.
@@ -116,15 +130,16 @@ def unmerge_from_base(
     loaded = load_adapters(adapters, allow_none=original is not None)
     compute = resolve_compute(device)
     plan = _unmerge_plan(model, original, loaded)
-    inputs = [find_weights(Path(one.path)) for one in loaded]
-    inputs += [original.path] if original else []
-    results = _write(plan, Path(output), inputs, compute, overwrite, dry_run, progress)
+    files = (*model.files, *(original.files if original else ()))
+    job = _Job(Path(merged), {"": plan}, loaded, files)
+    results = _write(job, Path(output), compute, overwrite, dry_run, progress)
     facts: dict[str, Json] = {"method": "copied from base" if original else "subtracted"}
     notes: list[Note] = []
-    if results:
-        more, notes = bound_notes(error_bounds(plan.checkpoint.works, results), results)
+    if results.get(""):
+        bounds = error_bounds(plan.checkpoint.works, results[""])
+        more, notes = bound_notes(bounds, results[""])
         facts |= more
-    report = _report("unmerge", model, loaded, plan, results, None if dry_run else str(output))
+    report = _report("unmerge", job, results, None if dry_run else str(output))
     return replace(report, facts={**report.facts, **facts}, notes=(*report.notes, *notes))
 
 
@@ -137,26 +152,46 @@ def _unmerge_plan(
     return MergePlan(checkpoint, {}, ())
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What will be written, and from what.
+
+    Attributes:
+        root: the base or pipeline, as the user gave it.
+        plans: sub-folder → plan; the empty name for a model by itself.
+        loaded: the adapters.
+        files: every file that is read, since any may be a link to somewhere else.
+        other_files: files below ``root`` that are copied as they are.
+    """
+
+    root: Path
+    plans: Mapping[str, MergePlan]
+    loaded: Sequence[LoadedAdapter]
+    files: Sequence[Path]
+    other_files: Sequence[Path] = ()
+
+
 def _write(
-    plan: MergePlan,
+    job: _Job,
     target: Path,
-    inputs: Sequence[Path],
     compute: Compute,
     overwrite: bool,
     dry_run: bool,
     progress: Progress | None,
-) -> Mapping[str, TensorResult]:
-    """Write the planned checkpoint, or only ask whether its destination would be accepted."""
-    model = plan.checkpoint.base
-    check_suffix(model, target)
+) -> Results:
+    """Write the planned checkpoints, or only ask whether their destination would be accepted."""
+    inputs = [*job.files, *(find_weights(Path(one.path)) for one in job.loaded)]
+    check_suffix(job.root, target)
     if dry_run:
-        given = [model.path, *inputs]
-        check_destination(target, folder=model.is_folder, overwrite=overwrite, inputs=given)
+        check_destination(target, folder=job.root.is_dir(), overwrite=overwrite, inputs=inputs)
+        require_space(target.parent, sum(p.checkpoint.nbytes for p in job.plans.values()))
         return {}
-    return write_checkpoint(
-        plan.checkpoint,
+    return write_checkpoints(
+        {name: plan.checkpoint for name, plan in job.plans.items()},
         target,
         compute=compute,
+        root=job.root,
+        other_files=job.other_files,
         overwrite=overwrite,
         inputs=inputs,
         accept=_refuse_no_change,
@@ -164,10 +199,11 @@ def _write(
     )
 
 
-def _refuse_no_change(results: Mapping[str, TensorResult]) -> None:
-    if not results or any(result.changed for result in results.values()):
+def _refuse_no_change(results: Results) -> None:
+    every = [result for of_one in results.values() for result in of_one.values()]
+    if not every or any(result.changed for result in every):
         return
-    if all(result.change_norm == 0 for result in results.values()):
+    if all(result.change_norm == 0 for result in every):
         raise MatchError(
             "the merge changes nothing: every change is zero",
             hint="is this adapter trained? (lora_B starts at zero)",
@@ -178,26 +214,22 @@ def _refuse_no_change(results: Mapping[str, TensorResult]) -> None:
     )
 
 
-def _report(
-    operation: str,
-    base: BaseModel,
-    loaded: Sequence[LoadedAdapter],
-    plan: MergePlan,
-    results: Mapping[str, TensorResult],
-    output: str | None,
-) -> Report:
-    items = [
-        _item(plan.checkpoint.works[name], placement, results.get(name))
-        for name, placements in plan.placements.items()
-        for placement in placements
-    ]
+def _report(operation: str, job: _Job, results: Results, output: str | None) -> Report:
+    items: list[dict[str, Json]] = []
+    notes: list[Note] = []
+    for component, plan in job.plans.items():
+        found = results.get(component, {})
+        works = plan.checkpoint.works
+        for name, placements in plan.placements.items():
+            items += [_item(component, works[name], p, found.get(name)) for p in placements]
+        notes += [*plan.notes, *_replacement_notes(plan, found), *_unchanged_notes(plan, found)]
     return Report(
         operation,
-        (str(base.path), *(one.path for one in loaded)),
+        (str(job.root), *(one.path for one in job.loaded)),
         output,
-        {"adapters": [_adapter_fact(one) for one in loaded], **_tensor_facts(base, plan, results)},
+        {"adapters": [_adapter_fact(one) for one in job.loaded], **_tensor_facts(job, results)},
         tuple(items),
-        (*plan.notes, *_replacement_notes(plan, results), *_unchanged_notes(plan, results)),
+        tuple(dict.fromkeys(notes)),
         dry_run=output is None,
     )
 
@@ -212,23 +244,28 @@ def _adapter_fact(one: LoadedAdapter) -> dict[str, Json]:
     }
 
 
-def _tensor_facts(
-    base: BaseModel, plan: MergePlan, results: Mapping[str, TensorResult]
-) -> dict[str, Json]:
-    works = plan.checkpoint.works
-    touched = [work for work in works.values() if _moved(work, base)]
+def _tensor_facts(job: _Job, results: Results) -> dict[str, Json]:
+    works = [
+        (w, plan.checkpoint.base)
+        for plan in job.plans.values()
+        for w in plan.checkpoint.works.values()
+    ]
+    touched = [work for work, base in works if _moved(work, base)]
+    every = [result for of_one in results.values() for result in of_one.values()]
     facts: dict[str, Json] = {
         "tensors": len(works),
         "tensors_touched": len(touched),
-        "tensors_added": sorted(name for name in works if name not in base.tensors),
+        "tensors_added": sorted(work.name for work, base in works if work.name not in base.tensors),
         "parameters_touched": sum(work.elements for work in touched),
-        "bytes_written": plan.checkpoint.nbytes,
-        "bytes_copied": sum(work.nbytes for work in works.values() if work.is_copy),
-        "dtypes": sorted({work.dtype for work in works.values()}),
+        "bytes_written": sum(work.nbytes for work, _ in works),
+        "bytes_copied": sum(work.nbytes for work, _ in works if work.is_copy),
+        "dtypes": sorted({work.dtype for work, _ in works}),
     }
-    if results:
-        facts["tensors_changed"] = sum(result.changed for result in results.values())
-        facts["relative_change"] = _relative_change(results)
+    if len(job.plans) > 1:
+        facts["components"] = list(job.plans)
+    if every:
+        facts["tensors_changed"] = sum(result.changed for result in every)
+        facts["relative_change"] = _relative_change(every)
     return facts
 
 
@@ -237,15 +274,18 @@ def _moved(work: TensorWork, base: BaseModel) -> bool:
     return work.folds is not None or work.source is not base.tensors.get(work.name)
 
 
-def _relative_change(results: Mapping[str, TensorResult]) -> float:
-    change = sum(result.change_norm**2 for result in results.values())
-    weight = sum(result.result_norm**2 for result in results.values())
+def _relative_change(results: Sequence[TensorResult]) -> float:
+    change = sum(result.change_norm**2 for result in results)
+    weight = sum(result.result_norm**2 for result in results)
     return float((change / weight) ** 0.5) if weight else math.inf
 
 
-def _item(work: TensorWork, placement: Placement, result: TensorResult | None) -> dict[str, Json]:
+def _item(
+    component: str, work: TensorWork, placement: Placement, result: TensorResult | None
+) -> dict[str, Json]:
     delta = placement.delta
     return {
+        "component": component or None,
         "tensor": work.name,
         "module": placement.module,
         "adapter": placement.adapter,
@@ -256,6 +296,7 @@ def _item(work: TensorWork, placement: Placement, result: TensorResult | None) -
         "strength": placement.strength,
         "transposed": placement.transposed,
         "shape": list(work.shape),
+        "file": work.source.file.name,
         "dtype": work.dtype,
         "changed": result.changed if result else None,
         "change_norm": result.change_norm if result else None,

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratools.adapter import Adapter, in_natural_order
-from loratools.deltas import DoRA, LayerDelta, LoRA, MovedBase, Replacement, RowReplacement
+from loratools.deltas import (
+    DoRA,
+    ExpertLoRA,
+    LayerDelta,
+    LoRA,
+    MovedBase,
+    Replacement,
+    RowReplacement,
+)
 from loratools.deltas.lora import Role
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,9 +75,7 @@ def loras(
 
 
 @st.composite
-def doras(
-    draw: st.DrawFn, *, shape: tuple[int, ...] | None = None, role: Role = "linear"
-) -> DoRA:
+def doras(draw: st.DrawFn, *, shape: tuple[int, ...] | None = None, role: Role = "linear") -> DoRA:
     """DoRA on a weight of ``shape``, or on any."""
     lora = draw(loras(shape=shape, role=role))
     return DoRA(lora, draw(tensors(lora.weight_shape[0], dtype=lora.up.dtype)))
@@ -88,6 +94,15 @@ def moved_bases(
 
 
 @st.composite
+def expert_loras(draw: st.DrawFn, *, least: int = 1) -> ExpertLoRA:
+    """A stack of up to four products."""
+    experts, rank, dtype = draw(st.integers(least, 4)), draw(ranks), draw(dtypes)
+    down = draw(tensors(experts, rank, draw(sizes), dtype=dtype))
+    up = draw(tensors(experts, draw(sizes), rank, dtype=dtype))
+    return ExpertLoRA(down, up, draw(alphas))
+
+
+@st.composite
 def replacements(draw: st.DrawFn, *, shape: tuple[int, ...] | None = None) -> Replacement:
     """A full tensor of one to four axes."""
     wanted = shape or draw(st.one_of(weight_shapes(), st.tuples(sizes)))
@@ -95,9 +110,7 @@ def replacements(draw: st.DrawFn, *, shape: tuple[int, ...] | None = None) -> Re
 
 
 @st.composite
-def row_replacements(
-    draw: st.DrawFn, *, shape: tuple[int, int] | None = None
-) -> RowReplacement:
+def row_replacements(draw: st.DrawFn, *, shape: tuple[int, int] | None = None) -> RowReplacement:
     """Some rows of a table, in any order."""
     count, width = shape or (draw(st.integers(1, 12)), draw(sizes))
     indices = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=4, unique=True))
@@ -107,6 +120,7 @@ def row_replacements(
 deltas_by_kind: Mapping[str, st.SearchStrategy[LayerDelta]] = {
     LoRA.kind: loras(biases=True),
     DoRA.kind: doras(),
+    ExpertLoRA.kind: expert_loras(),
     MovedBase.kind: moved_bases(),
     Replacement.kind: replacements(),
     RowReplacement.kind: row_replacements(),
@@ -128,33 +142,62 @@ module_paths = st.builds(
 
 @st.composite
 def layer_maps(
-    draw: st.DrawFn, *, kinds: str = "lora", min_size: int = 1, max_size: int = 6
+    draw: st.DrawFn, *, kind: str = LoRA.kind, max_size: int = 6
 ) -> dict[str, LayerDelta]:
-    """Layers of one kind (``lora``, ``dora`` or ``moved_base``), in any order."""
-    paths = draw(st.lists(module_paths, min_size=min_size, max_size=max_size, unique=True))
-    start = draw(st.sampled_from(STARTS))
-    strategy: st.SearchStrategy[LayerDelta] = {
-        LoRA.kind: loras(biases=True),
-        DoRA.kind: doras(),
-        MovedBase.kind: moved_bases(start=start),
-    }[kinds]
-    layers = {path: draw(strategy) for path in paths}
-    if kinds != MovedBase.kind and draw(st.booleans()):
-        embedding = loras(role="embedding", shape=(4, 7))
-        inner = doras(role="embedding", shape=(4, 7))
-        layers["model.embed_tokens"] = draw(inner if kinds == DoRA.kind else embedding)
+    """Layers of one kind, in any order; embeddings and attention beside linear layers."""
+    paths = draw(st.lists(module_paths, min_size=1, max_size=max_size, unique=True))
+    if kind == MovedBase.kind:
+        start = draw(st.sampled_from(STARTS))
+        return {path: draw(moved_bases(start=start)) for path in paths}
+    if kind == ExpertLoRA.kind:
+        return {f"{path}.experts.down_proj": draw(expert_loras(least=2)) for path in paths}
+    layers: dict[str, LayerDelta] = {path: draw(deltas_by_kind[kind]) for path in paths}
+    if draw(st.booleans()):
+        table = doras if kind == DoRA.kind else loras
+        layers["model.embed_tokens"] = draw(table(role="embedding", shape=(4, 7)))
+    if kind == LoRA.kind and draw(st.booleans()):
+        layers |= draw(attentions())
     return layers
 
 
 @st.composite
-def adapters(draw: st.DrawFn) -> Adapter:
-    """Adapters that PEFT's format holds: layers of one kind, replaced tensors and rows beside."""
-    layers = draw(layer_maps(kinds=draw(st.sampled_from(("lora", "dora", "moved_base")))))
+def attentions(draw: st.DrawFn, path: str = "tower.attn") -> dict[str, LayerDelta]:
+    """The two layers of an nn.MultiheadAttention, as PEFT scales them: out_proj counts twice."""
+    rank, alpha, width = draw(ranks), draw(alphas), draw(sizes)
+    down, other = draw(tensors(rank, width)), draw(tensors(rank, width))
+    up, back = draw(tensors(3 * width, rank)), draw(tensors(width, rank))
+    return {
+        path: LoRA(down, up, alpha, role="attention_in"),
+        f"{path}.out_proj": LoRA(other, back, 2 * alpha, role="attention_out"),
+    }
+
+
+@st.composite
+def extra_maps(draw: st.DrawFn) -> dict[str, Replacement | RowReplacement]:
+    """A new head, a replaced norm, a bias and some rows of a table, each or not."""
     extras: dict[str, Replacement | RowReplacement] = {}
     if draw(st.booleans()):
         extras["score.weight"] = draw(replacements(shape=(3, 4)))
     if draw(st.booleans()):
         extras["model.norm.weight"] = draw(replacements(shape=(5,)))
     if draw(st.booleans()):
-        extras["model.embed_in.weight"] = draw(row_replacements())
-    return Adapter(in_natural_order(layers), extras)
+        extras["h.0.c_attn.bias"] = Replacement(draw(tensors(6)), "bias")
+    if draw(st.booleans()):
+        extras["model.wte.weight"] = draw(row_replacements())
+    return extras
+
+
+@st.composite
+def adapters(draw: st.DrawFn, *, kinds: tuple[str, ...] = (LoRA.kind, DoRA.kind)) -> Adapter:
+    """Adapters with layers of one kind, replaced tensors and rows beside."""
+    layers = draw(layer_maps(kind=draw(st.sampled_from(kinds))))
+    return Adapter(in_natural_order(layers), draw(extra_maps()))
+
+
+@st.composite
+def mixed_adapters(draw: st.DrawFn) -> Adapter:
+    """Adapters with layers of any kinds side by side, as an edited or converted one may be."""
+    paths = draw(st.lists(module_paths, min_size=1, max_size=5, unique=True))
+    kind = st.sampled_from((LoRA.kind, DoRA.kind, MovedBase.kind))
+    layers = {path: draw(deltas_by_kind[draw(kind)]) for path in paths}
+    return Adapter(in_natural_order(layers), draw(extra_maps()))

@@ -11,7 +11,8 @@ from loratools.report import Report
 
 
 @click.command(
-    "formats", epilog=examples("loratools formats", "loratools formats --json | jq '.items[].name'")
+    "formats",
+    epilog=examples("loratools formats", "loratools formats --json | jq '.items[].format'"),
 )
 @output_options
 def command(out: Output) -> None:

@@ -27,6 +27,8 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
         """Split the strength off; a path that exists as it stands is never split."""
         if isinstance(value, tuple):
             return value
+        if not value:
+            self.fail("an empty path; is a variable unset?", param, ctx)
         head, colon, tail = str(value).rpartition(":")
         if not colon or Path(value).exists() or _is_drive(head):
             return str(value), 1.0
@@ -37,7 +39,11 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
                 self.fail(f"strength {tail!r} after {head} is not a number", param, ctx)
             return str(value), 1.0
         if not math.isfinite(strength) or strength == 0:
-            self.fail(f"strength {tail} folds nothing; give a finite number but 0", param, ctx)
+            self.fail(
+                f"strength {tail} after {head}: give a finite number other than 0", param, ctx
+            )
+        if not head:
+            self.fail(f"{value!r} has a strength but no path", param, ctx)
         return head, strength
 
 

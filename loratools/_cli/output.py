@@ -51,6 +51,15 @@ class Output:
             if not self.quiet or report.operation == "inspect":
                 self._text(report)
 
+    def reports(self, reports: Sequence[Report], *, many: bool) -> None:
+        """Show one report, or all of several: a list in a single JSON document."""
+        if self.json and many:
+            facts = {"reports": [report.to_dict() for report in reports]}
+            click.echo(Report(reports[0].operation, facts=facts).to_json())
+            return
+        for report in reports:
+            self.report(report)
+
     def listing(self, report: Report) -> None:
         """Show a report whose items are the answer."""
         if self.json:
@@ -64,6 +73,9 @@ class Output:
 
     def usage_error(self, error: click.UsageError) -> int:
         """Show wrong usage; returns the exit code."""
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            click.echo(error.format_message(), err=True)
+            return 2
         command = error.ctx.command_path if error.ctx else "loratools"
         hint = f"see `{command} --help`"
         self._failure("UsageError", error.format_message(), hint)
@@ -83,8 +95,10 @@ class Output:
             click.echo(f"{_styled('Hint:', 'cyan')} {hint}", err=True)
 
     def _notes(self, notes: Sequence[Note]) -> None:
-        shown = notes if self.verbose else notes[:_NOTES_SHOWN]
-        for note in sorted(shown, key=lambda note: note.level):
+        warnings = [note for note in notes if note.level == "warning"]
+        others = [note for note in notes if note.level != "warning"]
+        shown = [*warnings, *(others if self.verbose else others[:_NOTES_SHOWN])]
+        for note in shown:
             word, colour = ("Warning:", "yellow") if note.level == "warning" else ("Note:", "blue")
             subject = f"{note.subject}: " if note.subject else ""
             click.echo(f"{_styled(word, colour)} {subject}{note.message}", err=True)
@@ -95,12 +109,15 @@ class Output:
         click.echo(_headline(report))
         for name, value in report.facts.items():
             if value not in (None, [], {}):
-                click.echo(f"  {name.replace('_', ' '):<20} {_value(name, value)}")
+                title = name.replace("_", " ")
+                for line in _lines(name, value):
+                    click.echo(f"  {title:<20} {line}")
+                    title = ""
         if report.items and self.verbose:
             _table(report.items)
 
     @contextmanager
-    def progress(self, title: str, total: int | None = None) -> Iterator[Progress | None]:
+    def progress(self, title: str) -> Iterator[Progress | None]:
         """Yield a function that advances a bar on stderr, or None where nobody watches."""
         if self.quiet or self.json or not sys.stderr.isatty():
             yield None
@@ -111,8 +128,8 @@ class Output:
         columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda count: bar.advance(task, count)
+            task = bar.add_task(title, visible=False)
+            yield lambda count, total: bar.update(task, advance=count, total=total, visible=True)
 
 
 def _styled(word: str, colour: str) -> str:
@@ -127,6 +144,8 @@ _DONE = {
     "merge": ("merged", "would merge"),
     "unmerge": ("unmerged", "would unmerge"),
     "inspect": ("", ""),
+    "convert": ("converted", "would convert"),
+    "diff": ("compared", "compared"),
 }
 
 
@@ -135,7 +154,19 @@ def _headline(report: Report) -> str:
     verb = planned if report.dry_run else done
     target = f" -> {report.output}" if report.output else ""
     suffix = " (dry run: nothing was written)" if report.dry_run else ""
-    return f"{verb} {' + '.join(report.inputs)}{target}{suffix}".strip()
+    joint = {"unmerge": " - ", "diff": " and "}.get(report.operation, " + ")
+    return f"{verb} {joint.join(report.inputs)}".strip() + target + suffix
+
+
+def _lines(name: str, value: Json) -> list[str]:
+    """Return a fact's lines: one for each adapter, one for anything else."""
+    if name == "adapters":
+        return [
+            f"{one['path']} (strength {one['strength']:g}, {one['layers']} layers)" for one in value
+        ]
+    if name in ("ranks", "alphas"):
+        return [", ".join(f"{key} in {count} layers" for key, count in value.items())]
+    return [_value(name, value)]
 
 
 def _value(name: str, value: Json) -> str:

@@ -7,7 +7,6 @@ or (experts, in, out) as the base stores them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -52,12 +51,6 @@ class ExpertLoRA(AdditiveDelta):
         """(experts, out, in)."""
         return (self.up.shape[0], self.up.shape[1], self.down.shape[2])
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {"down": self.down, "up": self.up}
-
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> ExpertLoRA:
-        return replace(self, down=function(self.down), up=function(self.up))
-
     def expert(self, index: int) -> LoRA:
         """Return one expert's LoRA, in (out, in)."""
         return LoRA(self.down[index], self.up[index], self.alpha)
@@ -68,9 +61,6 @@ class ExpertLoRA(AdditiveDelta):
 
     def scaled(self, factor: float) -> ExpertLoRA:
         return replace(self, alpha=self.alpha * factor)
-
-    def low_rank(self) -> None:
-        return None
 
     def norm(self) -> float:
         pairs = zip(self.up, self.down, strict=True)

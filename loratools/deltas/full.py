@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loratools.deltas.base import LayerDelta, RowFold
+from loratools.deltas.rows import join, take
 
 Origin = Literal["module", "bias", "base_copy"]
 """Why the file holds the tensor: a module trained in full (``modules_to_save``), a trained bias,
@@ -37,19 +38,29 @@ class Replacement(LayerDelta):
     def weight_shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {"value": self.value}
-
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Replacement:
-        return replace(self, value=function(self.value))
-
-    def norm(self) -> None:
-        return None
-
     def row_fold(
         self, strength: float, *, transposed: bool = False, device: str | torch.device = "cpu"
     ) -> RowFold:
         return _SubstitutionFold(self.value, strength, device)
+
+    def reshaped(self, weight_shape: Sequence[int]) -> Replacement:
+        if not self.value.dim() or not self.is_same_matrix(weight_shape):
+            raise self.misfit(weight_shape)
+        return replace(self, value=self.value.reshape(tuple(weight_shape)))
+
+    def row_blocks(self, sizes: Sequence[int]) -> list[Replacement]:
+        return [replace(self, value=value) for value in self.value.split(list(sizes))]
+
+    def rows_in_order(self, order: Tensor) -> Replacement:
+        return replace(self, value=take(self.value, order))
+
+    @classmethod
+    def fused(cls, parts: Sequence[Replacement | None], sizes: Sequence[int]) -> Replacement:
+        """Stack the values, which all parts must have."""
+        present = [part for part in parts if part is not None]
+        if len(present) < len(parts):
+            raise present[0].refusal("fused with others", "the missing rows are the base's own")
+        return replace(present[0], value=join([part.value for part in present]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,15 +81,6 @@ class RowReplacement(LayerDelta):
     def weight_shape(self) -> tuple[int, ...]:
         """The smallest matrix that has these rows."""
         return (max(self.indices, default=-1) + 1, self.rows.shape[1])
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {"rows": self.rows}
-
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> RowReplacement:
-        return replace(self, rows=function(self.rows))
-
-    def norm(self) -> None:
-        return None
 
     def row_fold(
         self, strength: float, *, transposed: bool = False, device: str | torch.device = "cpu"

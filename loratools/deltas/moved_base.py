@@ -10,7 +10,7 @@ Signs and the sharing of singular values between the two factors cancel in the p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -59,15 +59,6 @@ class MovedBase(LayerDelta):
     @property
     def bias_change(self) -> Tensor | None:
         return self.lora.bias_change
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.lora.tensors()
-
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> MovedBase:
-        return replace(self, lora=self.lora.map_tensors(function))
-
-    def norm(self) -> None:
-        return None
 
     @property
     def obstacle(self) -> str | None:

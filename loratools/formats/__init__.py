@@ -28,6 +28,42 @@ class FormatRow:
 
 FORMATS: tuple[FormatRow, ...] = (
     FormatRow("peft", "PEFT (adapter_config.json and weights)", "loratools.formats.peft"),
+    FormatRow(
+        "kohya",
+        "kohya (sd-scripts, LyCORIS, OneTrainer, musubi-tuner)",
+        "loratools.formats.kohya",
+    ),
+    FormatRow(
+        "comfyui",
+        "ComfyUI (original names; ai-toolkit, diffusion-pipe)",
+        "loratools.formats.comfyui",
+    ),
+    FormatRow(
+        "diffusers",
+        "diffusers (pytorch_lora_weights.safetensors)",
+        "loratools.formats.diffusers",
+    ),
+    FormatRow(
+        "diffusers-old",
+        "diffusers of 2023 (attention processors), read only",
+        "loratools.formats.diffusers_old",
+    ),
+    FormatRow("xlabs", "XLabs (FLUX), read only", "loratools.formats.xlabs"),
+    FormatRow(
+        "bfl-control",
+        "Black Forest Labs' Control LoRA (FLUX), read only",
+        "loratools.formats.bfl_control",
+    ),
+    FormatRow(
+        "peft-dump",
+        "PEFT state dict without a config, or bare names, read only",
+        "loratools.formats.peft_dump",
+    ),
+    FormatRow(
+        "cloneofsimo",
+        "cloneofsimo's numbered layers (Stable Diffusion 1 and 2), read only",
+        "loratools.formats.cloneofsimo",
+    ),
 )
 
 

@@ -57,8 +57,12 @@ class Format:
         matches: whether a Listing is in this syntax; exactly one format must say yes.
         read: Bundle → Adapter; raises MalformedAdapterError or UnsupportedError.
         write: Adapter → Bundle; raises UnsupportedError for what it cannot hold.
+        naming: which names its module paths are written in.
         weights_file: the weights' file name inside an adapter folder; ``None`` for formats that
             are a single file of any name.
+        losses: Adapter → what ``write`` would refuse, as module path or extra → reason; ``None``
+            where only ``write`` knows.
+        read_only: whether ``write`` always refuses, because no tool needs such files any more.
     """
 
     name: str
@@ -68,4 +72,7 @@ class Format:
     matches: Callable[[Listing], bool]
     read: Callable[[Bundle], Adapter]
     write: Callable[[Adapter], Bundle]
+    naming: str = "transformers"
     weights_file: str | None = None
+    losses: Callable[[Adapter], Mapping[str, str]] | None = None
+    read_only: bool = False

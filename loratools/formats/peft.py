@@ -15,22 +15,14 @@ from loratools.adapter import Adapter, Extra, in_natural_order
 from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, Replacement, RowReplacement
 from loratools.deltas.lora import Role
 from loratools.errors import MalformedAdapterError
-from loratools.formats.format import Bundle, Format, Listing
+from loratools.formats.detection import matcher
+from loratools.formats.format import Bundle, Format
 from loratools.formats.peft_config import CONFIG_NAME, PeftConfig, parse_config
 from loratools.formats.peft_keys import Key, classify_keys, looks_like_tuner
 from loratools.formats.peft_layers import ModuleTensors, Reading, build_layer, build_parameter
 from loratools.formats.peft_write import write
 
 _ATTENTION_OUT = ".base_layer.out_proj"
-
-
-def matches(listing: Listing) -> bool:
-    """Return whether the config is there, or every key carries PEFT's own prefix."""
-    if CONFIG_NAME in listing.sidecars:
-        return True
-    return bool(listing.shapes) and all(
-        name.startswith("base_model.model.") for name in listing.shapes
-    )
 
 
 def read(bundle: Bundle) -> Adapter:
@@ -212,7 +204,7 @@ FORMAT = Format(
     title="PEFT (adapter_config.json and weights)",
     spec="https://huggingface.co/docs/peft/developer_guides/checkpoint",
     holds=frozenset({LoRA.kind, DoRA.kind, ExpertLoRA.kind, Replacement.kind, RowReplacement.kind}),
-    matches=matches,
+    matches=matcher("peft"),
     read=read,
     write=write,
     weights_file="adapter_model.safetensors",

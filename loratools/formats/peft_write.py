@@ -91,8 +91,10 @@ def _expert_tensors(path: str, delta: ExpertLoRA, adapter: Adapter) -> Iterator[
 def _inner_lora(path: str, delta: LayerDelta) -> LoRA:
     if isinstance(delta, LoRA):
         return delta
-    if isinstance(delta, (DoRA, MovedBase)):
+    if isinstance(delta, MovedBase):
         return delta.lora
+    if isinstance(delta, DoRA) and isinstance(delta.inner, LoRA) and delta.axis == "out":
+        return delta.inner
     raise UnsupportedError(
         f"{path}: PEFT's LoRA format cannot hold a {delta.kind} delta",
         hint="convert it to plain LoRA first, or merge it",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loratools.adapter_io import load_adapter
 from loratools.basemodel import BaseModel, BaseTensor
 from loratools.deltas import Replacement, RowReplacement
 from loratools.errors import MatchError, NonFiniteError, OptionError, UnsupportedError
+from loratools.planning.base_names import in_base_names
 from loratools.planning.placement import Placement, place_adapters
 from loratools.planning.tied_embeddings import Tie, find_tie, resolve_tie
 from loratools.report import Json, Note
@@ -111,6 +112,7 @@ def plan_merge(
     *,
     dtype: str = "keep",
     residual_base: bool = False,
+    arch: str | None = None,
 ) -> MergePlan:
     """Decide from headers alone what lands where, and lay out the output.
 
@@ -123,6 +125,7 @@ def plan_merge(
             f"unknown dtype {dtype!r}", hint=f"use keep, {', '.join(DTYPE_WORDS)} with --dtype"
         )
     _refuse_quantised(base)
+    loaded = [replace(one, adapter=in_base_names(one.adapter, base, arch)) for one in loaded]
     tie = find_tie(base)
     tied_heads = {tie.head: tie.input} if tie and tie.tied and not tie.stored else {}
     placed = place_adapters(
@@ -143,6 +146,8 @@ def plan_merge(
     words = [*(f"{one.path}: {n}" for one in loaded for n in one.adapter.notes), *placed.notes]
     words += [*untied.notes, *(f"added to the base: {name}" for name in placed.added)]
     words += _config_notes(base, config)
+    if any(shard.header is None for shard in base.shards):
+        words.append("torch's .bin files are written as .safetensors")
     all_notes = (*(Note(word) for word in words), *notes, *_left_out(base))
     return MergePlan(checkpoint, untied.by_tensor, all_notes)
 

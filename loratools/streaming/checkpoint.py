@@ -104,41 +104,74 @@ def _safetensors_name(base: BaseModel, shard: Shard) -> str:
     return f"{stem}.safetensors"
 
 
-def write_checkpoint(
-    plan: Checkpoint,
+Results = Mapping[str, Mapping[str, TensorResult]]
+"""Component ("" for a model by itself) → output tensor → what happened to it."""
+
+
+def write_checkpoints(
+    plans: Mapping[str, Checkpoint],
     output: Path,
     *,
     compute: Compute,
+    root: Path,
+    other_files: Sequence[Path] = (),
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
-    accept: Callable[[Mapping[str, TensorResult]], None] | None = None,
+    accept: Callable[[Results], None] | None = None,
     progress: Progress | None = None,
-) -> dict[str, TensorResult]:
-    """Write the planned checkpoint to ``output``, complete or not at all.
+) -> Results:
+    """Write the planned checkpoints to ``output``, complete or not at all.
 
-    ``accept`` sees the results before the output appears and may raise to prevent it.
+    Args:
+        plans: sub-folder → checkpoint; the empty name for a model that is the output itself.
+        output: a folder, or a .safetensors file for a base that is one.
+        compute: device and threads.
+        root: the input's path.
+        other_files: files below ``root`` that are copied as they are, relative to it.
+        overwrite: replace an existing output.
+        inputs: paths that must survive: every file that is read, since any may be a link.
+        accept: sees the results before the output appears and may raise to prevent it.
+        progress: called with counts of bytes written, from several threads.
 
     Raises:
         OutputError: the destination is refused or too small (see ``staged_output``).
         NonFiniteError, CorruptFileError: see ``rewrite``.
     """
-    base = plan.base
-    check_suffix(base, output)
-    sources = [base.path, *inputs]
-    folder = base.is_folder
-    with staged_output(output, folder=folder, overwrite=overwrite, inputs=sources) as work:
-        require_space(work.parent, plan.nbytes)
-        results = rewrite(_placed(plan, work), compute, progress)
+    folder = root.is_dir()
+    size = sum(plan.nbytes for plan in plans.values())
+    size += sum((root / name).stat().st_size for name in other_files)
+    results = {}
+    with staged_output(output, folder=folder, overwrite=overwrite, inputs=inputs) as work:
+        require_space(work.parent, size)
+        for name, plan in plans.items():
+            home = work / name
+            if folder:
+                home.mkdir(exist_ok=True)
+            results[name] = rewrite(_placed(plan, home), compute, progress)
         if accept:
             accept(results)
-        if folder:
-            _write_beside(plan, work)
+        for name, plan in plans.items():
+            if folder:
+                _write_beside(plan, work / name)
+        copy_files(root, work, other_files)
     return results
 
 
-def check_suffix(base: BaseModel, output: Path) -> None:
-    """Raise OutputError if a single-file output is not called .safetensors."""
-    if not base.is_folder and output.suffix != ".safetensors":
+def copy_files(root: Path, target: Path, names: Sequence[Path]) -> None:
+    """Copy files below ``root`` to the same places below ``target``, links as their contents."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, target / name)
+
+
+def check_suffix(root: Path, output: Path) -> None:
+    """Raise OutputError if a file's output is not called .safetensors, or a folder's is."""
+    if root.is_dir() and output.suffix == ".safetensors":
+        raise OutputError(
+            f"{output}: the base is a folder, so the output is one too",
+            hint=f"for example: -o {output.with_suffix('')}",
+        )
+    if not root.is_dir() and output.suffix != ".safetensors":
         raise OutputError(
             f"{output}: the base is one file, so the output is a .safetensors file",
             hint=f"for example: -o {output.with_suffix('.safetensors')}",
@@ -158,9 +191,7 @@ def _write_beside(plan: Checkpoint, folder: Path) -> None:
         name = base.index.removesuffix(INDEX_SUFFIX)
         stem = re.sub(r"^pytorch_model", "model", name.rpartition(".")[0])
         (folder / f"{stem}.safetensors{INDEX_SUFFIX}").write_text(_index(plan), encoding="utf-8")
-    for side in base.side_files:
-        (folder / side).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(base.path / side, folder / side)
+    copy_files(base.path, folder, base.side_files)
     if plan.config and base.config is not None:
         text = json.dumps(edited_config(base.config, plan.config), indent=2, ensure_ascii=False)
         # The side file keeps its permissions, and loses its link if it was one.

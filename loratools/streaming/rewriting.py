@@ -20,7 +20,8 @@ from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork
 from loratools.tensorfiles.copying import copy_range, start_writeback, write_at
 from loratools.tensorfiles.header import encode_header
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
+"""Called with the bytes just written and the bytes of the whole job, from several threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,12 @@ def rewrite(
 ) -> dict[str, TensorResult]:
     """Write each file to its path; returns what happened to every folded tensor.
 
-    ``progress`` is called with byte counts as they are written, from several threads.
-
     Raises:
         NonFiniteError: a result that is NaN or infinite, or beyond the output dtype.
         CorruptFileError: a source that ends early.
     """
-    runner = _Runner(compute, progress or (lambda count: None))
+    total = sum(work.nbytes for file, _ in files for work in file.tensors)
+    runner = _Runner(compute, lambda count: progress(count, total) if progress else None)
     with one_thread_kernels():
         return runner.run(files)
 
@@ -64,7 +64,7 @@ def rewrite(
 class _Runner:
     """A pool of threads, each with its own reused buffers."""
 
-    def __init__(self, compute: Compute, progress: Progress) -> None:
+    def __init__(self, compute: Compute, progress: Callable[[int], None]) -> None:
         self.compute = compute
         self.progress = progress
         self.stop = threading.Event()

@@ -120,6 +120,10 @@ CASES: Mapping[str, Case] = {
     ),
     "pissa": Case("llama", {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}),
     "olora": Case("llama", {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "olora"}),
+    "dora_pissa": Case(
+        "llama",
+        {"target_modules": ["q_proj"], "use_dora": True, "init_lora_weights": "pissa"},
+    ),
     "kasa": Case("llama", {"target_modules": ["q_proj", "up_proj"], "kasa_config": KasaConfig()}),
     "bdlora": Case(
         "llama", {"target_modules": ["q_proj", "o_proj"], "use_bdlora": BdLoraConfig(**BLOCKS)}

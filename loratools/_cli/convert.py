@@ -1,0 +1,50 @@
+"""``loratools convert``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools._cli.batch import output_for, split_inputs
+from loratools._cli.options import DRY_RUN, DTYPE, OUTPUT, OVERWRITE, examples, output_options
+from loratools._cli.output import Output
+from loratools._cli.startup import import_torch
+
+
+@click.command(
+    "convert",
+    epilog=examples(
+        "loratools convert style.safetensors -o style-diffusers.safetensors --to diffusers",
+        "loratools convert loras/*.safetensors -o converted --to comfyui --dtype fp16",
+    ),
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@OUTPUT
+@click.option("--to", required=True, metavar="FORMAT", help="Target format; see `formats`.")
+@click.option("--base", metavar="BASE", help="A checkpoint whose tensor names serve as vocabulary.")
+@click.option("--arch", metavar="ARCH", help="The architecture, where the file does not tell.")
+@DTYPE
+@click.option(
+    "--repair",
+    type=click.Choice(["split-qkv-alpha"]),
+    help="Mend a known fault: alpha of fused projections saved by split_qkv.",
+)
+@click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
+@OVERWRITE
+@DRY_RUN
+@output_options
+def command(adapters: tuple[str, ...], output: str, out: Output, **options: Any) -> None:
+    """Write ADAPTERs in another format with the same ΔW, every key accounted for.
+
+    With several ADAPTERs, or a folder of adapter files, OUT is a folder and each keeps its name.
+    """
+    import_torch()
+    from loratools.convert import convert_adapter
+
+    paths, many = split_inputs(adapters)
+    reports = [
+        convert_adapter(path, output_for(path, output, many=many, to=options["to"]), **options)
+        for path in paths
+    ]
+    out.reports(reports, many=many)

@@ -1,0 +1,173 @@
+"""Which architecture an adapter or a base is of: exact lookups, then widths, then metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from loratools.adapter import Adapter
+from loratools.errors import UnknownArchitectureError
+from loratools.keymaps.architecture import Architecture
+from loratools.keymaps.base_names import stem
+from loratools.keymaps.registry import ARCHITECTURES
+from loratools.keymaps.vocabulary import vocabulary_of
+from loratools.suggest import did_you_mean
+
+Widths = Mapping[str, int | None]
+"""Module path → number of inputs of its weight, ``None`` where it has none."""
+
+_PLACEHOLDER = re.compile(r"\{\w+\}")
+_SAMPLE = 64
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well an architecture explains the names: more known first, then fewer contradictions."""
+
+    architecture: Architecture
+    known: int
+    contradicted: int
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Key by which the best fit is the greatest."""
+        return self.known, -self.contradicted
+
+
+def find_architecture(word: str) -> Architecture:
+    """Return the architecture a user names; raises UnknownArchitectureError."""
+    for architecture in ARCHITECTURES:
+        if architecture.id == word:
+            return architecture
+    known = [architecture.id for architecture in ARCHITECTURES]
+    raise UnknownArchitectureError(
+        f"no architecture is called {word!r}", hint=did_you_mean(word, known)
+    )
+
+
+def detect_architecture(adapter: Adapter, arch_hint: str | None = None) -> Architecture:
+    """Return the architecture whose modules the adapter changes.
+
+    Args:
+        adapter: as its format read it, in any naming.
+        arch_hint: the user's word, which settles it.
+
+    Raises:
+        UnknownArchitectureError: none knows at least half of the modules, or several fit equally
+            well; the message names the best.
+    """
+    word = arch_hint or adapter.arch
+    if word is not None:
+        return find_architecture(word)
+    widths = {path: _inputs(delta.weight_shape) for path, delta in adapter.layers.items()}
+    best = best_fits(widths, ARCHITECTURES)
+    breakers: tuple[Callable[[Architecture], bool], ...] = (
+        lambda arch: _is_flattened_so(arch, widths),
+        lambda arch: _is_told(arch, adapter.metadata),
+        lambda arch: _signature_in(arch, widths),
+    )
+    for shows in breakers:
+        if len(best) > 1:
+            best = [fit for fit in best if shows(fit.architecture)] or best
+    return _only(best, len(widths), "adapter")
+
+
+def detect_base(shapes: Mapping[str, Sequence[int]]) -> Architecture:
+    """Return the architecture of a checkpoint, from its tensors' names and shapes.
+
+    Raises:
+        UnknownArchitectureError: none has all its decisive modules there, or several have.
+    """
+    widths = {stem(n): _inputs(shape) for n, shape in shapes.items() if not n.endswith(".bias")}
+    present = [a for a in ARCHITECTURES if _signature_in(a, widths, whole=True)]
+    return _only(best_fits(widths, present), len(widths), "base", share=0)
+
+
+def best_fits(widths: Widths, architectures: Iterable[Architecture]) -> list[Fit]:
+    """Return the architectures that explain the modules best; several where they do so equally."""
+    step = max(1, len(widths) // _SAMPLE)
+    sample = dict(list(widths.items())[::step])
+    tried = [_fit(architecture, sample) for architecture in architectures]
+    most = max((fit.known for fit in tried), default=0)
+    # What knows less than half as many of a sample is no candidate for the whole.
+    fits = [_fit(fit.architecture, widths) for fit in tried if fit.known * 2 >= most > 0]
+    top = max((fit.rank for fit in fits), default=None)
+    return [fit for fit in fits if fit.rank == top]
+
+
+def _fit(architecture: Architecture, widths: Widths) -> Fit:
+    words = vocabulary_of(architecture)
+    known = contradicted = 0
+    for path, width in widths.items():
+        inputs = words.inputs_of(path)
+        known += inputs is not None
+        contradicted += bool(inputs) and width is not None and width not in (inputs or ())
+    return Fit(architecture, known, contradicted)
+
+
+def _only(best: list[Fit], total: int, what: str, share: float = 0.5) -> Architecture:
+    if not best or best[0].known < share * total or not best[0].known:
+        near = ", ".join(_describe(fit, total) for fit in best[:_SHOWN])
+        raise UnknownArchitectureError(
+            f"the {what}'s {total} modules are those of no known architecture"
+            + (f" (nearest: {near})" if near else ""),
+            hint="say which it is with --arch: " + ", ".join(a.id for a in ARCHITECTURES),
+        )
+    if len(best) > 1:
+        names = " or ".join(fit.architecture.title for fit in best)
+        words = " or ".join(f"--arch {fit.architecture.id}" for fit in best)
+        raise UnknownArchitectureError(
+            f"the {what}'s modules fit {names} equally well", hint=f"say which it is: {words}"
+        )
+    return best[0].architecture
+
+
+def _describe(fit: Fit, total: int) -> str:
+    return f"{fit.architecture.title} knows {fit.known} of {total}"
+
+
+def _inputs(shape: Sequence[int]) -> int | None:
+    return shape[1] if len(shape) > 1 else None
+
+
+def _is_told(architecture: Architecture, metadata: Mapping[str, str]) -> bool:
+    """Return whether the file's own words name the architecture."""
+    version = metadata.get("ss_base_model_version", "").lower()
+    spec = metadata.get("modelspec.architecture", "").lower().partition("/")[0]
+    own = architecture.modelspec.lower()
+    versions = [word.lower() for word in architecture.base_versions]
+    return version in versions or (bool(own) and spec.startswith(own))
+
+
+def _is_flattened_so(architecture: Architecture, paths: Iterable[str]) -> bool:
+    """Return whether every flattened name is made of the names that trainers flatten here."""
+    words = vocabulary_of(architecture)
+    flat = (words.look_up(path) for path in paths if "." not in path)
+    return all(
+        any(dialect == words.components[place].component.flattens for place, dialect in found)
+        for found in flat
+        if found
+    )
+
+
+def _signature_in(architecture: Architecture, paths: Iterable[str], *, whole: bool = False) -> bool:
+    """Return whether any of the decisive modules is there, or all of them (a base's)."""
+    words = vocabulary_of(architecture)
+    wanted = _signature(architecture)
+    count = len(wanted)
+    for path in paths:
+        for (place, _), hit in words.look_up(path).items():
+            if place == 0:
+                wanted.difference_update(hit.paths)
+        if not wanted or (not whole and len(wanted) < count):
+            return True
+    return not wanted
+
+
+def _signature(architecture: Architecture) -> set[str]:
+    """Return diffusers' names of the decisive modules, those of the first block."""
+    rows = {row.original: row for row in architecture.components[0].rows}
+    parts = (part for name in architecture.signature for part in rows[name].parts)
+    return {_PLACEHOLDER.sub("0", part) for part in parts}

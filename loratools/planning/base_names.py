@@ -1,0 +1,55 @@
+"""An adapter's paths as a base spells them: from any naming to the base's own tensor names."""
+
+from __future__ import annotations
+
+from loratools.adapter import Adapter
+from loratools.basemodel import BaseModel
+from loratools.errors import MatchError, UnknownArchitectureError
+from loratools.keymaps.names import NameIndex
+from loratools.keymaps.translate import detect_architecture, detect_base, translate
+
+
+def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) -> Adapter:
+    """Return the adapter with the paths and the layout that the base has.
+
+    Adapters of transformers' models are looked up as they are (see ``NameIndex``). Those of
+    diffusion models are translated through the rows of their architecture.
+
+    Args:
+        adapter: in any naming.
+        base: whose tensor names and shapes are the vocabulary.
+        arch: the architecture, where the files do not tell.
+
+    Raises:
+        UnknownArchitectureError: the adapter's modules are those of no known architecture.
+        MatchError: adapter and base are of different architectures; or modules without a name.
+    """
+    if adapter.naming == "transformers" and (_fits_as_it_is(adapter, base) or not _is_image(base)):
+        return adapter
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    ours = detect_architecture(adapter, arch)
+    if arch is None:
+        theirs = detect_base(shapes)
+        if theirs.id != ours.id:
+            raise MatchError(
+                f"the adapter is for {ours.title} and {base.path} is {theirs.title}",
+                hint="give a base of the adapter's architecture, or settle it with --arch",
+            )
+    return translate(adapter, ours, "checkpoint", shapes=shapes)
+
+
+def _fits_as_it_is(adapter: Adapter, base: BaseModel) -> bool:
+    index = NameIndex(base.tensors)
+    return all(
+        any(index.find(f"{path}.{leaf}".rstrip(".")) for leaf in delta.parameter_names)
+        for path, delta in adapter.layers.items()
+    )
+
+
+def _is_image(base: BaseModel) -> bool:
+    """Return whether the base is a diffusion model that rows know."""
+    try:
+        detect_base({name: tensor.shape for name, tensor in base.tensors.items()})
+    except UnknownArchitectureError:
+        return False
+    return True

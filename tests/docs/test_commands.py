@@ -1,0 +1,186 @@
+"""The commands in the documentation run and print what it says; the options are click's.
+
+``python tests/docs/test_commands.py`` writes the output of today into the pages; read the diff.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+
+from loratools import cli
+from loratools.demo import make_adapter, make_base
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+NAMES = [name for name, _ in cli.COMMANDS]
+HOME = "/home/me"
+"""What the pages call the working directory."""
+
+_BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
+
+
+def make_files(folder: Path) -> None:
+    """Make what the pages take for given: a base and two adapters."""
+    make_base(folder / "base")
+    make_adapter(folder / "adapter")
+    make_adapter(folder / "style", seed=2)
+
+
+def steps(block: str) -> Iterator[tuple[str, str]]:
+    """Yield each command of a block with the output that follows it."""
+    for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, output = step.partition("\n")
+        yield command, output
+
+
+def execute(command: str) -> str:
+    """Run one command line in the working directory; returns all that it prints."""
+    program, *arguments = shlex.split(command)
+    assert program == "loratools"
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        code = cli.run(arguments)
+    text = printed.getvalue().replace(str(Path.cwd()), HOME)
+    assert (code != 0) == text.startswith(("Error: ", '{\n  "schema": 1,\n  "error"')), text
+    return text
+
+
+def agrees(found: str, written: str) -> bool:
+    """Compare line by line; ``...`` stands for any lines.
+
+    Numbers may differ by rounding, and columns by their width.
+    """
+    if "...\n" not in written:
+        return _same_lines(found, written)
+    start, end = written.split("...\n", 1)
+    return (
+        _same_lines(found[: _end_of_lines(found, start)], start)
+        and found.count("\n") >= written.count("\n") - 1
+        and _same_lines("".join(found.splitlines(True)[-end.count("\n") or len(found) :]), end)
+    )
+
+
+def _end_of_lines(text: str, start: str) -> int:
+    return len("".join(text.splitlines(True)[: start.count("\n")]))
+
+
+def _same_lines(found: str, written: str) -> bool:
+    if _skeleton(found) != _skeleton(written):
+        return False
+    pairs = zip(_NUMBER.findall(found), _NUMBER.findall(written), strict=True)
+    return all(_is_close(*pair) for pair in pairs)
+
+
+def _skeleton(text: str) -> str:
+    return re.sub(r"(?<=\S) {2,}", "  ", _NUMBER.sub("#", text))
+
+
+def _is_close(found: str, written: str) -> bool:
+    # What an exponent like e-06 measures is rounding, another on every processor.
+    if "e-" in found and "e-" in written:
+        return True
+    first, second = (float(word.replace(",", "")) for word in (found, written))
+    return abs(first - second) <= 0.01 * abs(second)
+
+
+# ---------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_print_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for block in _BLOCK.findall(page.read_text("utf-8")):
+        for command, written in steps(block):
+            found = execute(command)
+            assert agrees(found, written), f"$ {command}\n{found}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_its_page(name: str) -> None:
+    page = ROOT / f"docs/{name}.md"
+    assert page in PAGES
+    blocks = _BLOCK.findall(page.read_text("utf-8"))
+    shown = [command for block in blocks for command, _ in steps(block)]
+    assert len([line for line in shown if line.startswith(f"loratools {name}")]) >= 1
+    assert f"]({name}.md)" in (ROOT / "docs/index.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_options_are_those_of_the_command(name: str) -> None:
+    text = (ROOT / f"docs/{name}.md").read_text("utf-8")
+    section = re.split(r"^## ", text.partition("\n## Options\n")[2], flags=re.MULTILINE)[0]
+    params = import_module(f"loratools._cli.{name}").command.params
+    options = [param for param in params if isinstance(param, click.Option)]
+    offered = {word for option in options for word in option.opts if word.startswith("--")}
+    assert set(re.findall(r"(?<=[`/])--[a-z-]+", section)) == offered
+    for option in options:
+        if isinstance(option.type, click.Choice):
+            assert all(f"`{choice}`" in section for choice in option.type.choices)
+
+
+@pytest.mark.parametrize(
+    ("found", "written", "expected"),
+    [
+        ("a\nb\n", "a\nb\n", True),
+        ("a\nb\n", "a\n", False),
+        ("a\nb\nc\n", "a\n...\nc\n", True),
+        ("a\nb\nc\n", "a\n...\n", True),
+        ("a\nb\nc\n", "a\n...\nd\n", False),
+        ("a\nb\nc\n", "b\n...\nc\n", False),
+        ("a    b\n", "a  b\n", True),
+        ("a b\n", "a  b\n", False),
+        ("norm 15.02\n", "norm 15.03\n", True),
+        ("norm 15.02\n", "norm 16.0\n", False),
+        ("within 1.1e-06\n", "within 2.3e-07\n", True),
+        ("1,000 layers\n", "1,000 layers\n", True),
+        ("9 layers\n", "9 tensors\n", False),
+    ],
+)
+def test_the_comparison_itself(found: str, written: str, expected: bool) -> None:
+    assert agrees(found, written) == expected
+
+
+# ---------------------------------------------------------------------------- rewriting
+
+
+def rewritten(block: str) -> str:
+    """Return a block with today's output where it disagrees."""
+    text = ""
+    for command, written in steps(block):
+        found = execute(command)
+        text += f"$ {command}\n{written if agrees(found, written) else found}"
+    return text
+
+
+def main() -> None:
+    """Write today's output into every page."""
+    for page in PAGES:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name).resolve()
+            make_files(folder)
+            os.chdir(folder)
+            text = page.read_text("utf-8")
+            page.write_text(_BLOCK.sub(lambda match: rewritten(match[0]), text), "utf-8")
+            os.chdir(ROOT)
+            shutil.rmtree(folder / "merged", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

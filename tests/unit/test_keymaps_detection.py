@@ -1,0 +1,109 @@
+"""Which architecture a file is of: names, then widths, then metadata, then a question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from loratools.adapter import Adapter
+from loratools.errors import UnknownArchitectureError
+from loratools.keymaps.architecture import Architecture
+from loratools.keymaps.registry import ARCHITECTURES
+from loratools.keymaps.translate import (
+    detect_architecture,
+    detect_base,
+    find_architecture,
+)
+from tests.keymap_cases import whole, wide_lora
+
+every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.id)
+
+
+def of(*paths: str, inputs: int, naming: str = "kohya", **metadata: str) -> Adapter:
+    words = {key.replace("__", "."): value for key, value in metadata.items()}
+    return Adapter({path: wide_lora(inputs) for path in paths}, naming=naming, metadata=words)
+
+
+@every_architecture
+@pytest.mark.parametrize("naming", ["diffusers", "original", "kohya"])
+def test_a_whole_adapter_is_recognised(arch: Architecture, naming: str) -> None:
+    assert detect_architecture(whole(arch, naming)) is arch
+
+
+SELF = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k"
+CROSS = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arch"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (1280, "sdxl-refiner")]
+)
+def test_the_width_of_the_text_tells_unets_apart(inputs: int, arch: str) -> None:
+    assert detect_architecture(of(CROSS, inputs=inputs)).id == arch
+
+
+def test_names_come_before_widths() -> None:
+    # A pruned or tiny model has other widths than any released one.
+    deep = CROSS.replace(
+        "blocks_1_attentions_0_transformer_blocks_0", "blocks_2_attentions_1_transformer_blocks_9"
+    )
+    assert detect_architecture(of(deep, inputs=32)).id == "sdxl"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "arch"),
+    [
+        ({"ss_base_model_version": "sd_v2"}, "sd2"),
+        ({"ss_base_model_version": "sd_v1"}, "sd1"),
+        ({"modelspec__architecture": "stable-diffusion-v1/lora"}, "sd1"),
+        ({"modelspec__architecture": "stable-diffusion-v2-512/lora"}, "sd2"),
+    ],
+)
+def test_metadata_breaks_ties(metadata: dict[str, str], arch: str) -> None:
+    assert detect_architecture(of(SELF, inputs=640, **metadata)).id == arch
+
+
+def test_metadata_does_not_outvote_names() -> None:
+    adapter = of(CROSS, inputs=2048, ss_base_model_version="sd_v1")
+    assert detect_architecture(adapter).id == "sdxl"
+
+
+def test_a_tie_is_a_question() -> None:
+    with pytest.raises(UnknownArchitectureError) as raised:
+        detect_architecture(of(SELF, inputs=640))
+    assert "Stable Diffusion 1.x" in raised.value.message
+    assert "Stable Diffusion 2.x" in raised.value.message
+    assert "--arch sd1" in (raised.value.hint or "")
+    assert "--arch sd2" in (raised.value.hint or "")
+
+
+def test_unknown_modules_name_the_nearest() -> None:
+    known = [CROSS.replace("attentions_0", f"attentions_{i}") for i in (0, 1)]
+    unknown = [f"lora_unet_strange_{i}_thing" for i in range(5)]
+    with pytest.raises(UnknownArchitectureError) as raised:
+        detect_architecture(of(*known, *unknown, inputs=768))
+    assert "Stable Diffusion 1.x knows 2 of 7" in raised.value.message
+    with pytest.raises(UnknownArchitectureError, match="no known architecture"):
+        detect_architecture(of(*unknown, inputs=768))
+
+
+def test_the_users_word_settles_it() -> None:
+    assert detect_architecture(of(CROSS, inputs=2048), "sd1").id == "sd1"
+    assert detect_architecture(replace(of(CROSS, inputs=2048), arch="sd2")).id == "sd2"
+    with pytest.raises(UnknownArchitectureError) as raised:
+        find_architecture("sdlx")
+    assert "sdxl" in (raised.value.hint or "")
+
+
+@every_architecture
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_bases_are_recognised(arch: Architecture, naming: str) -> None:
+    component = arch.components[0]
+    start = (component.original if naming == "original" else component.name) + "."
+    home = component.checkpoint[0] if naming == "original" else ""
+    tensors = {
+        f"{home}{path.removeprefix(start)}.weight": delta.weight_shape
+        for path, delta in whole(arch, naming).layers.items()
+        if path.startswith(start)
+    }
+    assert detect_base(tensors) is arch
