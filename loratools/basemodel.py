@@ -26,6 +26,7 @@ _SINGLE = (
 )  # fmt: skip
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+_FETCH_AGAIN = "fetch or save the file again"
 _LEFT_FOLDERS = re.compile(r"\.git|\.cache|__pycache__|checkpoint-\d+")
 
 
@@ -193,7 +194,10 @@ def open_pipeline(path: Path) -> Pipeline:
     """
     components = {name: open_base(path / name) for name in _ADAPTED if (path / name).is_dir()}
     if not components:
-        raise MissingFileError(f"{path}: a pipeline without any of {', '.join(_ADAPTED)}")
+        raise MissingFileError(
+            f"{path}: a pipeline without any of {', '.join(_ADAPTED)}",
+            hint="finish the download: merge needs the networks' folders",
+        )
     others = [
         found for found in _files_below(path) if found.relative_to(path).parts[0] not in components
     ]
@@ -201,10 +205,22 @@ def open_pipeline(path: Path) -> Pipeline:
 
 
 def _files_below(where: Path) -> Iterator[Path]:
-    """Yield every file that belongs to a model folder, in a fixed order."""
-    for folder, folders, files in os.walk(where):
+    """Yield every file that belongs to a model folder, in a fixed order; links are followed.
+
+    Raises InputError for a link to a folder around it, which would have no end.
+    """
+    for folder, folders, files in os.walk(where, followlinks=True):
         folders[:] = sorted(name for name in folders if not _LEFT_FOLDERS.fullmatch(name))
+        for path in (Path(folder) / name for name in folders):
+            if path.is_symlink() and _leads_back(path):
+                raise InputError(f"{path}: a link to a folder around it", hint="remove the link")
         yield from (Path(folder) / name for name in sorted(files))
+
+
+def _leads_back(link: Path) -> bool:
+    """Return whether a link leads to a folder that it was reached through, or one around that."""
+    target = link.resolve()
+    return any(parent.resolve().is_relative_to(target) for parent in link.parents)
 
 
 def _refuse_other_folders(where: Path) -> None:
@@ -275,14 +291,17 @@ def _open_torch(path: Path) -> Shard:
 
 def _read_config(where: Path) -> Mapping[str, Any] | None:
     file = where / "config.json"
-    if not file.is_file():
-        return None
+    return read_json_object(file) if file.is_file() else None
+
+
+def read_json_object(file: Path) -> Mapping[str, Any]:
+    """Return a small JSON file's object; raises CorruptFileError if it holds none."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{file}: not JSON ({error})") from error
+        raise CorruptFileError(f"{file}: not JSON ({error})", _FETCH_AGAIN) from error
     if not isinstance(config, dict):
-        raise CorruptFileError(f"{file}: not a JSON object")
+        raise CorruptFileError(f"{file}: not a JSON object", _FETCH_AGAIN)
     return config
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from loratools.errors import OptionError
+
+_DEVICE = re.compile(r"cpu|mps|cuda(:[0-9]{1,4})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +54,22 @@ def _best_device() -> str:
 def _check_device(device: str) -> None:
     import torch
 
-    kind = device.partition(":")[0]
+    kind, _, index = device.partition(":")
+    if not _DEVICE.fullmatch(device):
+        raise OptionError(
+            f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps with --device"
+        )
     present: dict[str, Callable[[], bool]] = {
         "cpu": lambda: True,
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }
-    if kind not in present:
-        raise OptionError(
-            f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps with --device"
-        )
     if not present[kind]():
         raise OptionError(
             f"no {kind} device is available to this installation of torch",
             hint="use --device cpu, or install a torch build for your accelerator",
         )
-    index = device.partition(":")[2]
-    if device != kind and not (kind == "cuda" and index.isdecimal()):
-        raise OptionError(
-            f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps with --device"
-        )
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+    if index and int(index) >= torch.cuda.device_count():
         raise OptionError(
             f"device {device!r} does not exist: torch sees {torch.cuda.device_count()}",
             hint="count devices from 0",

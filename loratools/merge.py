@@ -15,7 +15,6 @@ from loratools.adapter_io import find_weights
 from loratools.basemodel import BaseModel, is_pipeline, open_base, open_pipeline
 from loratools.compute import Compute, resolve_compute
 from loratools.deltas import Replacement
-from loratools.errors import MatchError
 from loratools.planning.merge_plan import (
     AdapterInput,
     LoadedAdapter,
@@ -25,6 +24,7 @@ from loratools.planning.merge_plan import (
     plan_merge,
 )
 from loratools.planning.networks import plan_pipeline
+from loratools.planning.no_change import Touched, refuse_no_change, refuse_untrained
 from loratools.planning.placement import Placement
 from loratools.planning.unmerge_plan import (
     bound_notes,
@@ -134,6 +134,7 @@ def unmerge_from_base(
     job = _Job(Path(merged), {"": plan}, loaded, files)
     results = _write(job, Path(output), compute, overwrite, dry_run, progress)
     facts: dict[str, Json] = {"method": "copied from base" if original else "subtracted"}
+    facts |= {"base": str(base)} if original else {}
     notes: list[Note] = []
     if results.get(""):
         bounds = error_bounds(plan.checkpoint.works, results[""])
@@ -180,6 +181,9 @@ def _write(
     progress: Progress | None,
 ) -> Results:
     """Write the planned checkpoints, or only ask whether their destination would be accepted."""
+    refuse_untrained(
+        p for plan in job.plans.values() for ps in plan.placements.values() for p in ps
+    )
     inputs = [*job.files, *(find_weights(Path(one.path)) for one in job.loaded)]
     check_suffix(job.root, target)
     if dry_run:
@@ -194,24 +198,18 @@ def _write(
         other_files=job.other_files,
         overwrite=overwrite,
         inputs=inputs,
-        accept=_refuse_no_change,
+        accept=lambda results: refuse_no_change(_touched(job, results)),
         progress=progress,
     )
 
 
-def _refuse_no_change(results: Results) -> None:
-    every = [result for of_one in results.values() for result in of_one.values()]
-    if not every or any(result.changed for result in every):
-        return
-    if all(result.change_norm == 0 for result in every):
-        raise MatchError(
-            "the merge changes nothing: every change is zero",
-            hint="is this adapter trained? (lora_B starts at zero)",
-        )
-    raise MatchError(
-        "the merge changes nothing: every change is below the base's precision",
-        hint="raise the strength, or write a wider type with --dtype fp32",
-    )
+def _touched(job: _Job, results: Results) -> list[Touched]:
+    found = []
+    for component, plan in job.plans.items():
+        works = plan.checkpoint.works
+        for name, result in results[component].items():
+            found.append(Touched(plan.placements.get(name, ()), works[name].dtype, result))
+    return found
 
 
 def _report(operation: str, job: _Job, results: Results, output: str | None) -> Report:

@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from loratools._cli.batch import output_for, split_inputs
-from loratools._cli.options import DRY_RUN, DTYPE, OUTPUT, OVERWRITE, examples, output_options
+from loratools._cli.options import (
+    ARCH,
+    DRY_RUN,
+    DTYPE,
+    OUTPUT,
+    OVERWRITE,
+    PATH,
+    examples,
+    output_options,
+)
 from loratools._cli.output import Output
 from loratools._cli.startup import import_torch
 
@@ -19,11 +28,16 @@ from loratools._cli.startup import import_torch
         "loratools convert loras/*.safetensors -o converted --to comfyui --dtype fp16",
     ),
 )
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
 @OUTPUT
 @click.option("--to", required=True, metavar="FORMAT", help="Target format; see `formats`.")
-@click.option("--base", metavar="BASE", help="A checkpoint whose tensor names serve as vocabulary.")
-@click.option("--arch", metavar="ARCH", help="The architecture, where the file does not tell.")
+@click.option(
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="A checkpoint whose tensor names serve as vocabulary.",
+)
+@ARCH
 @DTYPE
 @click.option(
     "--repair",

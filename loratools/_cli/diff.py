@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loratools._cli.options import examples, output_options
+from loratools._cli.options import ARCH, PATH, examples, output_options
 from loratools._cli.output import Output
 from loratools._cli.startup import import_torch
 
@@ -18,9 +18,9 @@ from loratools._cli.startup import import_torch
         "loratools diff my-adapter other-adapter -v --tolerance 1e-3",
     ),
 )
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
-@click.option("--arch", metavar="ARCH", help="The architecture, where the files do not tell.")
+@click.argument("first", type=PATH, metavar="A")
+@click.argument("second", type=PATH, metavar="B")
+@ARCH
 @click.option(
     "--tolerance",
     type=float,

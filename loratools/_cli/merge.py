@@ -7,11 +7,13 @@ from typing import Any
 import click
 
 from loratools._cli.options import (
+    ARCH,
     DEVICE,
     DRY_RUN,
     DTYPE,
     OUTPUT,
     OVERWRITE,
+    PATH,
     Strengths,
     adapters_argument,
     examples,
@@ -28,11 +30,12 @@ from loratools._cli.startup import import_torch
         "loratools merge base style:0.7 task:-0.2 -o merged --dtype bf16 --dry-run",
     ),
 )
-@click.argument("base")
+@click.argument("base", type=PATH)
 @adapters_argument(required=True)
 @OUTPUT
 @DTYPE
 @DEVICE
+@ARCH
 @click.option(
     "--residual-base",
     is_flag=True,
@@ -44,9 +47,10 @@ from loratools._cli.startup import import_torch
 def command(base: str, adapters: Strengths, out: Output, **options: Any) -> None:
     """Fold ADAPTERs into BASE and write the merged model.
 
-    BASE is a Hugging Face folder, a diffusers component folder or one .safetensors file. Each
-    ADAPTER may carry a strength after its last colon. Everything no adapter touches is copied
-    byte for byte; every adapter tensor must find its place, or nothing is written.
+    BASE is a Hugging Face folder, a diffusers pipeline or component folder, or one .safetensors
+    file. Each ADAPTER, of any format, may carry a strength after its last colon. Everything no
+    adapter touches is copied byte for byte; every adapter tensor must find its place, or nothing
+    is written.
     """
     import_torch()
     from loratools.merge import merge_into_base

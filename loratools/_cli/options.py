@@ -15,6 +15,8 @@ from loratools._cli.output import Output
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+EMPTY = "an empty path; is a variable unset?"
+
 
 class StrengthParam(click.ParamType):  # type: ignore[type-arg]
     """``ADAPTER[:STRENGTH]``: a path or reference, with a number after the last colon."""
@@ -28,7 +30,7 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         if not value:
-            self.fail("an empty path; is a variable unset?", param, ctx)
+            self.fail(EMPTY, param, ctx)
         head, colon, tail = str(value).rpartition(":")
         if not colon or Path(value).exists() or _is_drive(head):
             return str(value), 1.0
@@ -50,6 +52,18 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
 def _is_drive(head: str) -> bool:
     """Return whether what stands before the last colon is only a Windows drive letter."""
     return os.name == "nt" and len(head) == 1 and head.isalpha()
+
+
+class PathParam(click.ParamType):  # type: ignore[type-arg]
+    """A path or reference; the empty one would mean the working directory."""
+
+    name = "PATH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse the empty path."""
+        if value == "":
+            self.fail(EMPTY, param, ctx)
+        return value
 
 
 Strengths = tuple[tuple[str, float], ...]
@@ -85,9 +99,11 @@ def output_options(command: Command) -> Command:
     return result
 
 
+PATH = PathParam()
 OUTPUT = click.option(
-    "-o", "--output", required=True, metavar="OUT", help="What to write: a folder, or a file."
-)
+    "-o", "--output", required=True, type=PATH, metavar="OUT",
+    help="What to write: a folder, or a file.",
+)  # fmt: skip
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Plan and check everything, write nothing, exit alike."
@@ -96,6 +112,7 @@ DEVICE = click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE",
     help="Where to compute: cpu, cuda, cuda:N, mps or auto.",
 )  # fmt: skip
+ARCH = click.option("--arch", metavar="ARCH", help="The architecture, where the files do not tell.")
 DTYPE = click.option(
     "--dtype", default="keep", show_default=True,
     type=click.Choice(["keep", "fp32", "bf16", "fp16"]), help="Float type of the output.",

@@ -11,6 +11,7 @@ from loratools._cli.options import (
     DRY_RUN,
     OUTPUT,
     OVERWRITE,
+    PATH,
     Strengths,
     adapters_argument,
     examples,
@@ -27,10 +28,12 @@ from loratools._cli.startup import import_torch
         "loratools unmerge merged my-adapter:0.7 -o nearly-original",
     ),
 )
-@click.argument("merged")
+@click.argument("merged", type=PATH)
 @adapters_argument(required=False)
 @OUTPUT
-@click.option("--base", metavar="BASE", help="The model they were merged into: restores exactly.")
+@click.option(
+    "--base", type=PATH, metavar="BASE", help="The model they were merged into: restores exactly."
+)
 @DEVICE
 @OVERWRITE
 @DRY_RUN

@@ -266,7 +266,8 @@ class AdditiveDelta(LayerDelta):
         for start in range(0, rows, step):
             change = block[: rows - start]
             fold.add_change(change, change, start, first=True)
-            squares += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+            wide = change.to(torch.float64).flatten()
+            squares += float(torch.dot(wide, wide))
         return math.sqrt(squares)
 
     def row_blocks(self, sizes: Sequence[int]) -> Sequence[AdditiveDelta]:

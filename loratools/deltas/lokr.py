@@ -114,7 +114,7 @@ class LoKr(AdditiveDelta):
         return LoRA(down, up, self.scale * len(down)).reshaped(self.weight_shape)
 
     def norm(self) -> float:
-        norms = (float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in self.sides())
+        norms = (float(side.to(torch.float64).norm()) for side in self.sides())
         return abs(self.scale) * math.prod(norms)
 
     def row_fold(

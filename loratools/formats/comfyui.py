@@ -95,6 +95,7 @@ HOLDS = KINDS - {IA3.kind, SparseResidual.kind}
 
 FORMAT = Format(
     name="comfyui",
+    naming="comfyui",
     title=_TITLE,
     spec="https://github.com/Comfy-Org/ComfyUI/blob/master/comfy/lora.py",
     holds=HOLDS,

@@ -197,6 +197,7 @@ HOLDS = frozenset({LoRA.kind, DoRA.kind, Replacement.kind})
 
 FORMAT = Format(
     name="diffusers",
+    naming="diffusers",
     title=_TITLE,
     spec="https://huggingface.co/docs/diffusers/main/en/api/loaders/lora",
     holds=HOLDS,

@@ -86,6 +86,7 @@ def write(adapter: Adapter) -> Bundle:
 
 FORMAT = Format(
     name="kohya",
+    naming="kohya",
     title=_TITLE,
     spec="https://github.com/kohya-ss/sd-scripts/blob/main/networks/lora.py",
     holds=KINDS,

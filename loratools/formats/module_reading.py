@@ -13,7 +13,8 @@ from loratools.deltas import LayerDelta, LoRA, Replacement
 from loratools.errors import MalformedAdapterError, UnsupportedError
 from loratools.formats.alphas import find_alpha_sources
 from loratools.formats.format import Bundle
-from loratools.formats.module_fields import Context, Module, build_delta
+from loratools.formats.module_fields import build_delta
+from loratools.formats.module_tensors import Context, Module
 from loratools.formats.parameters import is_carried
 from loratools.linalg.gram import product_norm
 

@@ -75,6 +75,11 @@ def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
     return scalar if float(scalar) == alpha else torch.tensor(alpha, dtype=torch.float32)
 
 
+ALSO_CALLED: Mapping[str, tuple[str, ...]] = {"original": ("original", "comfyui")}
+"""Namings that a format takes besides its own: ComfyUI's bases differ from the original in a few
+names, and its loader looks for its own."""
+
+
 def find_losses(
     adapter: Adapter, naming: str, holds: frozenset[str], extra_reason: Callable[[str, Extra], str]
 ) -> dict[str, str]:
@@ -89,7 +94,7 @@ def find_losses(
     Raises:
         UnsupportedError: the adapter is in another naming, which is no loss but a mistake.
     """
-    if adapter.naming != naming:
+    if adapter.naming not in ALSO_CALLED.get(naming, (naming,)):
         raise UnsupportedError(
             f"module names are {adapter.naming} names, this format needs {naming} names",
             hint="translate them first: `loratools convert` does, with --arch if it must",

@@ -132,6 +132,11 @@ def _inputs(shape: Sequence[int]) -> int | None:
     return shape[1] if len(shape) > 1 else None
 
 
+def told_architectures(metadata: Mapping[str, str]) -> list[Architecture]:
+    """Return the architectures that a file's own words name: none, one or close relatives."""
+    return [architecture for architecture in ARCHITECTURES if _is_told(architecture, metadata)]
+
+
 def _is_told(architecture: Architecture, metadata: Mapping[str, str]) -> bool:
     """Return whether the file's own words name the architecture."""
     version = metadata.get("ss_base_model_version", "").lower()
@@ -142,9 +147,13 @@ def _is_told(architecture: Architecture, metadata: Mapping[str, str]) -> bool:
 
 
 def _is_flattened_so(architecture: Architecture, paths: Iterable[str]) -> bool:
-    """Return whether every flattened name is made of the names that trainers flatten here."""
+    """Return whether kohya's flattened names are made of the names it flattens here.
+
+    Other trainers' prefixes (``lycoris_``) say nothing: theirs are diffusers' names always.
+    """
     words = vocabulary_of(architecture)
-    flat = (words.look_up(path) for path in paths if "." not in path)
+    starts = tuple(f"{names.component.kohya[0]}_" for names in words.components)
+    flat = (words.look_up(path) for path in paths if path.startswith(starts))
     return all(
         any(dialect == words.components[place].component.flattens for place, dialect in found)
         for found in flat

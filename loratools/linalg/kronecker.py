@@ -17,30 +17,30 @@ def kron_rows(first: Tensor, second: Tensor, start: int, stop: int) -> Tensor:
 
 
 def kron_factors(first: Factors, second: Factors) -> Factors:
-    """Return (up, down) of (U₁V₁) ⊗ (U₂V₂) = (U₁ ⊗ U₂)(V₁ ⊗ V₂); ranks multiply."""
-    return torch.kron(first[0], second[0]), torch.kron(first[1], second[1])
+    """Return float32 (up, down) of (U₁V₁) ⊗ (U₂V₂) = (U₁ ⊗ U₂)(V₁ ⊗ V₂); ranks multiply."""
+    up, down = (torch.kron(one, two) for one, two in zip(first, second, strict=True))
+    return up.to(torch.float32), down.to(torch.float32)
+
+
+def least_factors_of(matrix: Tensor, size: int = 0) -> Factors:
+    """Return float64 (up, down) of a full matrix with as few columns as its rank.
+
+    Singular values at the rounding level of float64, of a matrix at least ``size`` long, are
+    taken for zero. Rank 0 comes out as one zero column.
+    """
+    left, values, right = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    floor = float(values.max()) * max(size, *matrix.shape) * torch.finfo(torch.float64).eps
+    rank = max(1, int((values > floor).sum()))
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
 def least_factors(up: Tensor, down: Tensor) -> Factors:
-    """Return float32 (up, down) of the same product with as few columns as its rank.
+    """Return float64 (up, down) of the same product with as few columns as its rank.
 
-    Singular values at the rounding level of float64 are taken for zero. Rank 0 comes out as one
-    zero column. Costs O((m + n)·r²): QR of both factors and the SVD of an r×r core.
+    Costs O((m + n)·r²): QR of both factors and the SVD of an r×r core.
     """
     basis, left = torch.linalg.qr(up.to(torch.float64))
     cobasis, right = torch.linalg.qr(down.to(torch.float64).T)
-    core_up, values, core_down = torch.linalg.svd(left @ right.T, full_matrices=False)
-    size = max(up.shape[0], down.shape[1])
-    floor = float(values.max()) * size * torch.finfo(torch.float64).eps
-    rank = max(1, int((values > floor).sum()))
-    root = values[:rank].sqrt()
-    ups, downs = basis @ core_up[:, :rank] * root, root[:, None] * core_down[:rank] @ cobasis.T
-    return ups.to(torch.float32), downs.to(torch.float32)
-
-
-def least_factors_of(matrix: Tensor) -> Factors:
-    """Return ``least_factors`` of a full matrix."""
-    rows, columns = matrix.shape
-    if rows <= columns:
-        return least_factors(torch.eye(rows), matrix)
-    return least_factors(matrix, torch.eye(columns))
+    up, down = least_factors_of(left @ right.T, max(up.shape[0], down.shape[1]))
+    return basis @ up, down @ cobasis.T

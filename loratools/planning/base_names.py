@@ -5,8 +5,16 @@ from __future__ import annotations
 from loratools.adapter import Adapter
 from loratools.basemodel import BaseModel
 from loratools.errors import MatchError, UnknownArchitectureError
+from loratools.keymaps.architecture import Architecture
+from loratools.keymaps.detection import told_architectures
 from loratools.keymaps.names import NameIndex
-from loratools.keymaps.translate import detect_architecture, detect_base, translate
+from loratools.keymaps.translate import (
+    detect_architecture,
+    detect_base,
+    find_architecture,
+    translate,
+)
+from loratools.keymaps.vocabulary import vocabulary_of
 
 
 def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) -> Adapter:
@@ -27,15 +35,23 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
     if adapter.naming == "transformers" and (_fits_as_it_is(adapter, base) or not _is_image(base)):
         return adapter
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    ours = detect_architecture(adapter, arch)
-    if arch is None:
-        theirs = detect_base(shapes)
-        if theirs.id != ours.id:
-            raise MatchError(
-                f"the adapter is for {ours.title} and {base.path} is {theirs.title}",
-                hint="give a base of the adapter's architecture, or settle it with --arch",
-            )
-    return translate(adapter, ours, "checkpoint", shapes=shapes)
+    architecture = find_architecture(arch) if arch else _common(adapter, base, detect_base(shapes))
+    return translate(adapter, architecture, "checkpoint", shapes=shapes)
+
+
+def _common(adapter: Adapter, base: BaseModel, theirs: Architecture) -> Architecture:
+    """Return the base's architecture if the adapter is for it, by its own words or its names."""
+    told = told_architectures(adapter.metadata)
+    known = vocabulary_of(theirs).resolve(adapter.layers, adapter.naming)
+    if all(hit is not None for hit in known.values()) and (not told or theirs in told):
+        return theirs
+    ours = told[0] if told else detect_architecture(adapter)
+    if ours.id == theirs.id:
+        return theirs
+    raise MatchError(
+        f"the adapter is for {ours.title} and {base.path} is {theirs.title}",
+        hint="give a base of the adapter's architecture, or settle it with --arch",
+    )
 
 
 def _fits_as_it_is(adapter: Adapter, base: BaseModel) -> bool:

@@ -131,6 +131,7 @@ def plan_merge(
     placed = place_adapters(
         base,
         [(one.adapter, one.strength) for one in loaded],
+        names=[one.path for one in loaded],
         tied_heads=tied_heads,
         residual_base=residual_base,
     )

@@ -81,6 +81,7 @@ def place_adapters(
     base: BaseModel,
     adapters: Sequence[tuple[Adapter, float]],
     *,
+    names: Sequence[str] = (),
     tied_heads: Mapping[str, str] | None = None,
     residual_base: bool = False,
 ) -> Placed:
@@ -89,6 +90,7 @@ def place_adapters(
     Args:
         base: the checkpoint.
         adapters: (adapter, strength) pairs.
+        names: what errors call the adapters.
         tied_heads: tensor names that the base does not store but means, → the tensor they share.
         residual_base: fold adapters whose initialisation moved the base as plain LoRA.
 
@@ -100,7 +102,7 @@ def place_adapters(
     for position, (adapter, strength) in enumerate(adapters):
         finder.add(adapter, strength, position)
     if finder.problems:
-        raise MatchError(_listing(finder.problems), hint=_hint(finder))
+        raise MatchError(_listing(finder, names), hint=_hint(finder))
     by_tensor: dict[str, list[Placement]] = {}
     for placement in finder.placements:
         by_tensor.setdefault(placement.tensor, []).append(placement)
@@ -109,6 +111,14 @@ def place_adapters(
         tuple(dict.fromkeys(finder.added)),
         tuple(dict.fromkeys(finder.notes)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Why something of an adapter does not fit."""
+
+    adapter: int
+    reason: str
 
 
 class _Finder:
@@ -123,11 +133,13 @@ class _Finder:
         self.index = NameIndex(self.shapes)
         self.placements: list[Placement] = []
         self.added: list[str] = []
-        self.problems: list[str] = []
+        self.problems: list[_Problem] = []
+        self.position = 0
         self.notes: list[str] = []
         self.wanted = 0
 
     def add(self, adapter: Adapter, strength: float, position: int) -> None:
+        self.position = position
         # Extras first: a resized embedding is the weight that its own LoRA must fit.
         for name, extra in adapter.extras.items():
             home = self._extra_home(name, extra)
@@ -140,8 +152,11 @@ class _Finder:
             for placement in self._layer(path, self._usable(path, delta), strength, position):
                 other = homes.setdefault(placement.tensor, path)
                 if other != path:
-                    self.problems.append(f"{path}: lands on {placement.tensor}, as does {other}")
+                    self._refuse(f"{path}: lands on {placement.tensor}, as does {other}")
                 self.placements.append(placement)
+
+    def _refuse(self, reason: str) -> None:
+        self.problems.append(_Problem(self.position, reason))
 
     def _usable(self, path: str, delta: LayerDelta) -> LayerDelta:
         if isinstance(delta, MovedBase) and self.residual_base:
@@ -197,7 +212,7 @@ class _Finder:
             flipped = delta.flipped_if_square
         if not straight and not flipped:
             stored = f"{len(rows)} tensors of {sum(rows)} rows in all and {columns} columns"
-            self.problems.append(f"{path}: an expert is {(out, inner)}, but the base has {stored}")
+            self._refuse(f"{path}: an expert is {(out, inner)}, but the base has {stored}")
             return []
         self.notes.append(
             f"experts: {path.rpartition('.')[2]} is stored as {experts * len(rows)} tensors a layer"
@@ -215,14 +230,14 @@ class _Finder:
         for candidate in candidates:
             found = self.index.find(candidate)
             if len(found) > 1:
-                self.problems.append(f"{path}: several tensors fit: {', '.join(found[:4])}")
+                self._refuse(f"{path}: several tensors fit: {', '.join(found[:4])}")
                 return None
             if found:
                 self._note_renaming(candidate, found[0])
                 return found[0]
         near = self.index.nearest(candidates[0])
         suggestion = f" (nearest: {', '.join(near)})" if near else ""
-        self.problems.append(f"{path}: no such tensor in the base{suggestion}")
+        self._refuse(f"{path}: no such tensor in the base{suggestion}")
         return None
 
     def _note_renaming(self, asked: str, found: str) -> None:
@@ -249,7 +264,7 @@ class _Finder:
             return self._is_conv1d(name) if not stacked else self._is_flipped_stack(delta)
         if fits_straight or fits_flipped:
             return fits_flipped
-        self.problems.append(f"{path}: {_mismatch(delta, name, self.shapes[name])}")
+        self._refuse(f"{path}: {_mismatch(delta, name, self.shapes[name])}")
         return None
 
     def _is_flipped_stack(self, delta: LayerDelta) -> bool:
@@ -272,7 +287,7 @@ class _Finder:
         name = weight_name.removesuffix("weight") + "bias"
         if self.shapes.get(name) == tuple(change.shape):
             return name
-        self.problems.append(f"{path}: lora_bias needs a bias in the base, and {name} is not there")
+        self._refuse(f"{path}: lora_bias needs a bias in the base, and {name} is not there")
         return None
 
     def _extra_home(self, name: str, extra: Replacement | RowReplacement) -> str | None:
@@ -287,7 +302,7 @@ class _Finder:
         if len(found) != 1:
             near = self.index.nearest(name)
             suggestion = f" (nearest: {', '.join(near)})" if near else ""
-            self.problems.append(f"{name}: a full tensor that the base lacks{suggestion}")
+            self._refuse(f"{name}: a full tensor that the base lacks{suggestion}")
         return None
 
     def _addable(self, name: str, extra: Replacement) -> bool:
@@ -301,7 +316,7 @@ class _Finder:
             # Another number of rows is a resized vocabulary.
             fits = stored == shape or (len(stored) == 2 and stored[1:] == shape[1:])
         if not fits:
-            self.problems.append(f"{name}: {shape} does not fit the base's {home} {stored}")
+            self._refuse(f"{name}: {shape} does not fit the base's {home} {stored}")
         return fits
 
 
@@ -320,10 +335,19 @@ def _mismatch(delta: LayerDelta, name: str, stored: tuple[int, ...]) -> str:
     return text
 
 
-def _listing(problems: list[str]) -> str:
-    shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
-    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"{len(problems)} adapter tensors do not fit the base:\n{shown}{more}"
+def _listing(finder: _Finder, names: Sequence[str]) -> str:
+    """Return a paragraph for each adapter that does not fit, and a line for each reason."""
+    reasons: dict[int, list[str]] = {}
+    for problem in finder.problems:
+        reasons.setdefault(problem.adapter, []).append(problem.reason)
+    lines = []
+    for position, found in reasons.items():
+        name = names[position] if names else f"adapter {position + 1}"
+        count = "tensor does" if len(found) == 1 else "tensors do"
+        lines.append(f"{name} onto {finder.base.path}: {len(found)} adapter {count} not fit")
+        lines += [f"  {reason}" for reason in found[:_SHOWN]]
+        lines += [f"  ... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "\n".join(lines)
 
 
 def _hint(finder: _Finder) -> str:

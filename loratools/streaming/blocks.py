@@ -244,11 +244,12 @@ class Blocks:
         if len(bad) == 0:
             return
         row, column = (int(i) for i in bad[0])
-        kind = "NaN" if bool(torch.isnan(wide[row, column])) else "infinite"
+        value = float(wide[row, column])
+        kind = "NaN" if math.isnan(value) else "infinite"
         raise NonFiniteError(
             f"{self.work.name}: the result is {kind} in {self.work.dtype} "
-            f"(row {start + row}, value {float(wide[row, column]):g} before rounding)",
-            hint="check the base and the strengths; fp16 ends at 65504, so try --dtype bf16",
+            f"(row {start + row}, value {value:g} before rounding)",
+            hint=_non_finite_hint(value, self.work.dtype),
         )
 
     def _differs(self, out: Tensor, raw: Tensor, change: Tensor) -> bool:
@@ -268,6 +269,15 @@ class Blocks:
             ),
             start,
         )
+
+
+def _non_finite_hint(value: float, dtype: str) -> str:
+    """Return the next step for a value that is none, or that ``dtype`` cannot hold."""
+    if not math.isfinite(value):
+        return "the base holds such a value, or the strengths make one: check both"
+    if dtype == "F16":
+        return "fp16 ends at 65504: try --dtype bf16, or lower the strengths"
+    return "lower the strengths"
 
 
 def _square(block: Tensor) -> float:

@@ -20,7 +20,7 @@ from tests.strategies import alphas, make_tensor, ranks
 parts = st.sampled_from(
     [
         *("a", "b", "aa", "1", "11", "1x1", "q_proj", "my_q_proj", "layers", "h"),
-        *("c+d", "c(d", "x|y", "[0]", "a*", "$", "^h", "\\d", "q?", "{2}", "-"),
+        *("c+d", "c(d", "x|y", "[0]", "a*", "$", "^", "\\d", "q?", "{2}", "-"),
     ]
 )
 paths = st.lists(parts, min_size=1, max_size=4).map(".".join)

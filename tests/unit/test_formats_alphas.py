@@ -23,7 +23,10 @@ WRAPPED = "base_model.model.transformer_blocks.0.attn.to_q"
 
 
 def read(
-    modules: dict[str, int], metadata: dict[str, str] | None = None, sidecar: Any = None, **more: Tensor
+    modules: dict[str, int],
+    metadata: dict[str, str] | None = None,
+    sidecar: Any = None,
+    **more: Tensor,
 ) -> Adapter:
     """Read a file with a LoRA of the given rank for each module."""
     tensors: dict[str, Tensor] = dict(more)
@@ -74,32 +77,51 @@ def test_scale_replaces_alpha_over_rank() -> None:
 
 
 WORDS: dict[str, tuple[dict[str, str], str, float]] = {
-    "diffusers": (adapter_words(**{"transformer.r": 8, "transformer.lora_alpha": 16}), DIFFUSERS, 2.0),
+    "diffusers": (
+        adapter_words(**{"transformer.r": 8, "transformer.lora_alpha": 16}),
+        DIFFUSERS,
+        2.0,
+    ),
     "diffusers, one component": (adapter_words(r=8, lora_alpha=2), DIFFUSERS, 0.25),
     "rank-stabilised": (
-        adapter_words(**{"transformer.r": 4, "transformer.lora_alpha": 16, "transformer.use_rslora": True,
-                         "transformer.rank_pattern": {"to_q": 8}}),
+        adapter_words(
+            **{
+                "transformer.r": 4,
+                "transformer.lora_alpha": 16,
+                "transformer.use_rslora": True,
+                "transformer.rank_pattern": {"to_q": 8},
+            }
+        ),
         DIFFUSERS,
         16 / 8**0.5,
     ),
     "patterns": (
-        adapter_words(**{"transformer.r": 8, "transformer.lora_alpha": 8,
-                         "transformer.alpha_pattern": {"^transformer_blocks.0.attn.to_q": 2}}),
+        adapter_words(
+            **{
+                "transformer.r": 8,
+                "transformer.lora_alpha": 8,
+                "transformer.alpha_pattern": {"^transformer_blocks.0.attn.to_q": 2},
+            }
+        ),
         DIFFUSERS,
         0.25,
     ),
     "the denoiser of another name": (
-        adapter_words(**{"transformer.r": 8, "transformer.lora_alpha": 4}), ORIGINAL, 0.5,
+        adapter_words(**{"transformer.r": 8, "transformer.lora_alpha": 4}),
+        ORIGINAL,
+        0.5,
     ),
     "a text encoder's words are not the denoiser's": (
-        adapter_words(**{"text_encoder.r": 8, "text_encoder.lora_alpha": 4}), DIFFUSERS, 1.0,
+        adapter_words(**{"text_encoder.r": 8, "text_encoder.lora_alpha": 4}),
+        DIFFUSERS,
+        1.0,
     ),
     "PEFT's LoKr": (adapter_words(**{"transformer.r": 8, "transformer.alpha": 4}), DIFFUSERS, 0.5),
     "a loose alpha": ({"alpha": "0.5"}, ORIGINAL, 0.0625),
     "SimpleTuner": ({"transformer.lora_alpha": "4", "transformer.r": "8"}, DIFFUSERS, 0.5),
     "network_alpha": ({"network_alpha": "16.0"}, ORIGINAL, 2.0),
     "kohya's word is only a note": ({"ss_network_alpha": "1"}, ORIGINAL, 1.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("metadata", "path", "scale"), WORDS.values(), ids=WORDS)
@@ -121,19 +143,27 @@ def test_alpha_beside_the_file() -> None:
 
 def test_places_that_agree() -> None:
     metadata = {**adapter_words(r=8, lora_alpha=4), "alpha": "4"}
-    assert scales(read({DIFFUSERS: 8}, metadata, **{f"{DIFFUSERS}.alpha": torch.tensor(4)})) == [0.5]
+    assert scales(read({DIFFUSERS: 8}, metadata, **{f"{DIFFUSERS}.alpha": torch.tensor(4)})) == [
+        0.5
+    ]
     rounded = torch.tensor(257.0).to(torch.bfloat16)
-    assert scales(read({DIFFUSERS: 8}, {"alpha": "257"}, **{f"{DIFFUSERS}.alpha": rounded})) == [32.0]
+    assert scales(read({DIFFUSERS: 8}, {"alpha": "257"}, **{f"{DIFFUSERS}.alpha": rounded})) == [
+        32.0
+    ]
 
 
 CONFLICTS: dict[str, tuple[dict[str, str], dict[str, Tensor]]] = {
-    "tensor and JSON": (adapter_words(r=8, lora_alpha=4), {f"{DIFFUSERS}.alpha": torch.tensor(8.0)}),
+    "tensor and JSON": (
+        adapter_words(r=8, lora_alpha=4),
+        {f"{DIFFUSERS}.alpha": torch.tensor(8.0)},
+    ),
     "tensor and loose word": ({"alpha": "4"}, {f"{DIFFUSERS}.alpha": torch.tensor(8.0)}),
     "JSON and loose word": ({**adapter_words(r=8, lora_alpha=4), "alpha": "8"}, {}),
     "JSON of another rank": (
-        {**adapter_words(r=16, lora_alpha=16)}, {f"{DIFFUSERS}.alpha": torch.tensor(16.0)},
+        {**adapter_words(r=16, lora_alpha=16)},
+        {f"{DIFFUSERS}.alpha": torch.tensor(16.0)},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("metadata", "tensors"), CONFLICTS.values(), ids=CONFLICTS)

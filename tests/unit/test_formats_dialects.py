@@ -33,7 +33,9 @@ from loratools.formats.format import Bundle
 from tests.strategies import make_tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-WRITTEN = sorted(p for name in ("kohya", "comfyui", "diffusers") for p in (GOLDEN / name).glob("*.safetensors"))
+WRITTEN = sorted(
+    p for name in ("kohya", "comfyui", "diffusers") for p in (GOLDEN / name).glob("*.safetensors")
+)
 READ_ONLY = sorted(
     p
     for name in ("diffusers-old", "xlabs", "bfl-control", "peft-dump", "cloneofsimo")
@@ -79,7 +81,11 @@ def test_no_tensor_is_lost(path: Path) -> None:
     adapter = get_format(path.parent.name).read(bundle)
     numbers = ("alpha", "bias_indices", "bias_size", "on_input")
     elements = sum(t.numel() for name, t in bundle.tensors.items() if not name.endswith(numbers))
-    made = sum(e.value.numel() for n, e in adapter.extras.items() if n == "diffusion_model.img_in.reshape_weight")
+    made = sum(
+        e.value.numel()
+        for n, e in adapter.extras.items()
+        if n == "diffusion_model.img_in.reshape_weight"
+    )
     given = sum(t.numel() for n, t in bundle.tensors.items() if n.endswith("reshape_weight"))
     assert adapter.parameters == elements + (made - given)
 
@@ -96,9 +102,20 @@ def test_read_only_formats_say_what_to_write(path: Path) -> None:
 # ── what LyCORIS' tensors become ──
 
 LYCORIS: dict[str, type[LayerDelta]] = {
-    "locon": LoRA, "loha": LoHa, "lokr": LoKr, "lokrfull": LoKr, "oft": OFT, "boft": BOFT, "glora": GLoRA,
-    "ia3": IA3, "full": FullDelta, "dora": DoRA, "dorain": DoRA, "lokrtucker": LoKr, "lohatucker": LoHa,
-}  # fmt: skip
+    "locon": LoRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "lokrfull": LoKr,
+    "oft": OFT,
+    "boft": BOFT,
+    "glora": GLoRA,
+    "ia3": IA3,
+    "full": FullDelta,
+    "dora": DoRA,
+    "dorain": DoRA,
+    "lokrtucker": LoKr,
+    "lohatucker": LoHa,
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +155,16 @@ def test_lycoris_changes(lycoris: Adapter) -> None:
     wanted = torch.einsum("on,nmkl,mi->oikl", up[:, :, 0, 0], mid, down[:, :, 0, 0]) * 0.5
     torch.testing.assert_close(lycoris.layers["lycoris_tucker_conv"].materialize(), wanted)
     a, b, c, d = get("loha_to_q", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    torch.testing.assert_close(lycoris.layers["lycoris_loha_to_q"].materialize(), 0.5 * (a @ b) * (c @ d))
+    torch.testing.assert_close(
+        lycoris.layers["lycoris_loha_to_q"].materialize(), 0.5 * (a @ b) * (c @ d)
+    )
     w1, w2_a, w2_b = get("lokr_to_q", "lokr_w1", "lokr_w2_a", "lokr_w2_b")
     wanted = torch.kron(w1, w2_a @ w2_b)
     torch.testing.assert_close(lycoris.layers["lycoris_lokr_to_q"].materialize(), wanted)
     w1, w2 = get("lokrfull_to_q", "lokr_w1", "lokr_w2")
-    torch.testing.assert_close(lycoris.layers["lycoris_lokrfull_to_q"].materialize(), torch.kron(w1, w2))
+    torch.testing.assert_close(
+        lycoris.layers["lycoris_lokrfull_to_q"].materialize(), torch.kron(w1, w2)
+    )
 
 
 # ── names ──
@@ -186,7 +207,8 @@ def test_bfl_control_in_comfyui() -> None:
     adapter = load_adapter(GOLDEN / "bfl-control/canny.safetensors")
     before = stored(GOLDEN / "bfl-control/canny.safetensors")
     wanted = {
-        "diffusion_model." + name.replace(".lora_B.bias", ".diff_b").replace("_norm.scale", "_norm.scale.set_weight")
+        "diffusion_model."
+        + name.replace(".lora_B.bias", ".diff_b").replace("_norm.scale", "_norm.scale.set_weight")
         for name in before
     } | {"diffusion_model.img_in.reshape_weight"}
     assert get_format("comfyui").write(adapter).tensors.keys() == wanted
@@ -240,7 +262,9 @@ def test_cloneofsimo_unet(late_gate: bool) -> None:
     block = "unet.up_blocks.1.attentions.0.transformer_blocks.0"
     assert layers[f"{block}.attn2.to_v"].weight_shape == (1280, 768)
     assert layers[f"{block}.ff.net.0.proj"].weight_shape == (8 * 1280, 1280)
-    assert layers["unet.up_blocks.3.attentions.2.transformer_blocks.0.attn1.to_out.0"].weight_shape == (320, 320)
+    assert layers[
+        "unet.up_blocks.3.attentions.2.transformer_blocks.0.attn1.to_out.0"
+    ].weight_shape == (320, 320)
 
 
 def test_cloneofsimo_with_other_layers() -> None:
@@ -317,12 +341,23 @@ def test_a_bias_is_kept_by_every_format() -> None:
 
 def test_comfyui_spellings() -> None:
     """Alpha only where it is not the rank; lora_mid beside lora_down alone."""
-    tucker = TuckerLoRA(*(make_tensor(i, *s) for i, s in enumerate(((2, 4, 1, 1), (2, 2, 3, 3), (6, 2, 1, 1)))), 2.0)
-    layers = {"diffusion_model.a": LORA, "diffusion_model.b": LORA.scaled(0.5), "diffusion_model.c": tucker}
+    tucker = TuckerLoRA(
+        *(make_tensor(i, *s) for i, s in enumerate(((2, 4, 1, 1), (2, 2, 3, 3), (6, 2, 1, 1)))), 2.0
+    )
+    layers = {
+        "diffusion_model.a": LORA,
+        "diffusion_model.b": LORA.scaled(0.5),
+        "diffusion_model.c": tucker,
+    }
     keys = get_format("comfyui").write(Adapter(layers, naming="original")).tensors.keys()
     assert keys == {
-        "diffusion_model.a.lora_A.weight", "diffusion_model.a.lora_B.weight",
-        "diffusion_model.b.lora_A.weight", "diffusion_model.b.lora_B.weight", "diffusion_model.b.alpha",
-        "diffusion_model.c.lora_down.weight", "diffusion_model.c.lora_mid.weight",
-        "diffusion_model.c.lora_up.weight", "diffusion_model.c.alpha",
-    }  # fmt: skip
+        "diffusion_model.a.lora_A.weight",
+        "diffusion_model.a.lora_B.weight",
+        "diffusion_model.b.lora_A.weight",
+        "diffusion_model.b.lora_B.weight",
+        "diffusion_model.b.alpha",
+        "diffusion_model.c.lora_down.weight",
+        "diffusion_model.c.lora_mid.weight",
+        "diffusion_model.c.lora_up.weight",
+        "diffusion_model.c.alpha",
+    }

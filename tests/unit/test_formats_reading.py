@@ -44,7 +44,13 @@ PAIRS = (
     ("lora.down.weight", "lora.up.weight"),
     ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
 )
-MODULES = ("blocks.0.mlp.down", "transformer_blocks.0.attn.to_q", "a.lora.weight", "x.alpha", "y.scale")
+MODULES = (
+    "blocks.0.mlp.down",
+    "transformer_blocks.0.attn.to_q",
+    "a.lora.weight",
+    "x.alpha",
+    "y.scale",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -87,7 +93,10 @@ def test_flattened_variants(tensors: Tensors) -> None:
 
 
 WRAPPED = {
-    "base_model.model.transformer_blocks.0.attn.to_q": ("transformers", "transformer_blocks.0.attn.to_q"),
+    "base_model.model.transformer_blocks.0.attn.to_q": (
+        "transformers",
+        "transformer_blocks.0.attn.to_q",
+    ),
     "unet.base_model.model.down_blocks.0.proj_in": ("diffusers", "unet.down_blocks.0.proj_in"),
     "base_model.model.diffusion_model.blocks.0.wq": ("original", "diffusion_model.blocks.0.wq"),
     "transformer_blocks.0.attn.to_q": ("transformers", "transformer_blocks.0.attn.to_q"),
@@ -143,7 +152,9 @@ def test_magnitude_of_a_convolution_per_input() -> None:
 
 
 def test_both_glora_layouts_are_one() -> None:
-    left, right, up, down = (make_tensor(i, *s) for i, s in enumerate(((4, 2), (2, 4), (6, 2), (2, 4))))
+    left, right, up, down = (
+        make_tensor(i, *s) for i, s in enumerate(((4, 2), (2, 4), (6, 2), (2, 4)))
+    )
     new = {"a1": left, "a2": right, "b1": up, "b2": down}
     old = {"a2": left, "a1": right, "b2": up, "b1": down}
     weight = make_tensor(9, 6, 4)
@@ -216,7 +227,10 @@ def twice(change: float = 0.0, sep: str = "_", alpha: float = 2.0) -> Tensors:
     names = ("to_q", "to_k", "to_v")
     down, ups = make_tensor(1, 2, 4), [make_tensor(5 + i, 4, 2) for i in range(3)]
     block = "lora_unet_layers_0_attention" if sep == "_" else "diffusion_model.layers.0.attention"
-    tensors = {f"{block}{sep}qkv.lora.down.weight": down, f"{block}{sep}qkv.lora.up.weight": torch.cat(ups)}
+    tensors = {
+        f"{block}{sep}qkv.lora.down.weight": down,
+        f"{block}{sep}qkv.lora.up.weight": torch.cat(ups),
+    }
     for name, up in zip(names, ups, strict=True):
         # The same product from other factors and another alpha.
         tensors[f"{block}{sep}{name}.lora.down.weight"] = down * 4 + change
@@ -228,7 +242,11 @@ def twice(change: float = 0.0, sep: str = "_", alpha: float = 2.0) -> Tensors:
 @pytest.mark.parametrize("sep", ["_", "."])
 def test_repeated_projections_are_dropped_if_equal(sep: str) -> None:
     adapter = read(twice(sep=sep))
-    assert [path.rpartition("attention")[2][1:] for path in adapter.layers] == ["to_k", "to_q", "to_v"]
+    assert [path.rpartition("attention")[2][1:] for path in adapter.layers] == [
+        "to_k",
+        "to_q",
+        "to_v",
+    ]
     assert any("parts say the same" in note for note in adapter.notes)
 
 
@@ -258,7 +276,15 @@ def test_all_faults_are_told_at_once() -> None:
         "lora_unet_gain.weight": UP,
     }
     message = refusal(tensors)
-    for name in ("half", "ranks", "sideways", "model.diffusion_model", "optimizer", "alone", "gain"):
+    for name in (
+        "half",
+        "ranks",
+        "sideways",
+        "model.diffusion_model",
+        "optimizer",
+        "alone",
+        "gain",
+    ):
         assert name in message
     assert "lora_unet_good" not in message
 
@@ -271,37 +297,61 @@ BROKEN: dict[str, Tensors] = {
     "alpha is a vector": {**pair(FLAT), f"{FLAT}.alpha": torch.ones(2)},
     "alpha is NaN": {**pair(FLAT), f"{FLAT}.alpha": torch.tensor(float("nan"))},
     "alpha is infinite": {**pair(FLAT), f"{FLAT}.alpha": torch.tensor(float("inf"))},
-    "scale against alpha": {**pair(FLAT), f"{FLAT}.alpha": torch.tensor(1.0), f"{FLAT}.scale": torch.tensor(3.0)},
+    "scale against alpha": {
+        **pair(FLAT),
+        f"{FLAT}.alpha": torch.tensor(1.0),
+        f"{FLAT}.scale": torch.tensor(3.0),
+    },
     "magnitude of no side": {**pair(FLAT), f"{FLAT}.dora_scale": make_tensor(1, 5, 1)},
     "magnitude of both": {
-        **pair(FLAT), f"{FLAT}.dora_scale": make_tensor(1, 6, 1), f"{FLAT}.magnitude": make_tensor(1, 6),
+        **pair(FLAT),
+        f"{FLAT}.dora_scale": make_tensor(1, 6, 1),
+        f"{FLAT}.magnitude": make_tensor(1, 6),
     },
     "half a LoHa": {f"{FLAT}.hada_w1_a": UP, f"{FLAT}.hada_w1_b": DOWN},
     "LoHa of two sizes": {
-        f"{FLAT}.hada_w1_a": UP, f"{FLAT}.hada_w1_b": DOWN, f"{FLAT}.hada_w2_a": make_tensor(1, 5, 2),
+        f"{FLAT}.hada_w1_a": UP,
+        f"{FLAT}.hada_w1_b": DOWN,
+        f"{FLAT}.hada_w2_a": make_tensor(1, 5, 2),
         f"{FLAT}.hada_w2_b": DOWN,
     },
     "half a core": {
-        f"{FLAT}.hada_w1_a": UP, f"{FLAT}.hada_w1_b": DOWN, f"{FLAT}.hada_w2_a": UP, f"{FLAT}.hada_w2_b": DOWN,
+        f"{FLAT}.hada_w1_a": UP,
+        f"{FLAT}.hada_w1_b": DOWN,
+        f"{FLAT}.hada_w2_a": UP,
+        f"{FLAT}.hada_w2_b": DOWN,
         f"{FLAT}.hada_t1": make_tensor(1, 2, 2, 3, 3),
     },
     "half a LoKr": {f"{FLAT}.lokr_w1": UP},
-    "LoKr twice": {f"{FLAT}.lokr_w1": UP, f"{FLAT}.lokr_w2": UP, f"{FLAT}.lokr_w2_a": UP, f"{FLAT}.lokr_w2_b": DOWN},
-    "LoKr ranks": {f"{FLAT}.lokr_w1": UP, f"{FLAT}.lokr_w2_a": UP, f"{FLAT}.lokr_w2_b": make_tensor(1, 3, 4)},
+    "LoKr twice": {
+        f"{FLAT}.lokr_w1": UP,
+        f"{FLAT}.lokr_w2": UP,
+        f"{FLAT}.lokr_w2_a": UP,
+        f"{FLAT}.lokr_w2_b": DOWN,
+    },
+    "LoKr ranks": {
+        f"{FLAT}.lokr_w1": UP,
+        f"{FLAT}.lokr_w2_a": UP,
+        f"{FLAT}.lokr_w2_b": make_tensor(1, 3, 4),
+    },
     "no square blocks": {f"{FLAT}.oft_blocks": make_tensor(1, 2, 3, 4)},
-    "GLoRA that does not chain": {f"{FLAT}.{n}.weight": make_tensor(1, 3, 5) for n in ("a1", "a2", "b1", "b2")},
+    "GLoRA that does not chain": {
+        f"{FLAT}.{n}.weight": make_tensor(1, 3, 5) for n in ("a1", "a2", "b1", "b2")
+    },
     "a residual outside": {
-        f"{FLAT}.bias_indices": torch.tensor([[7], [0]]), f"{FLAT}.bias_values": torch.ones(1),
+        f"{FLAT}.bias_indices": torch.tensor([[7], [0]]),
+        f"{FLAT}.bias_values": torch.ones(1),
         f"{FLAT}.bias_size": torch.tensor([6, 4]),
     },
     "a residual before the start": {
-        f"{FLAT}.bias_indices": torch.tensor([[-1], [0]]), f"{FLAT}.bias_values": torch.ones(1),
+        f"{FLAT}.bias_indices": torch.tensor([[-1], [0]]),
+        f"{FLAT}.bias_values": torch.ones(1),
         f"{FLAT}.bias_size": torch.tensor([6, 4]),
     },
     "LoRA and a rotation": {**pair(FLAT), f"{FLAT}.oft_blocks": make_tensor(1, 2, 3, 3)},
     "a bias of another size": {**pair(FLAT), f"{FLAT}.lora_up.bias": make_tensor(1, 5)},
     "Tucker ranks": {**pair(FLAT), f"{FLAT}.lora_mid.weight": make_tensor(1, 2, 3, 3, 3)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("tensors", BROKEN.values(), ids=BROKEN)
@@ -315,7 +365,11 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     "T-LoRA": ({f"{FLAT}.q_layer.weight": UP, f"{FLAT}.p_layer.weight": UP, **GOOD}, "T-LoRA"),
     "dyn_dim": ({**pair(FLAT), f"{FLAT}.dyn_dim": torch.tensor(2)}, "dyn_dim"),
     "Control-LoRA": (
-        {"lora_controlnet": torch.tensor(1), "input_blocks.1.0.down": DOWN, "input_blocks.1.0.up": UP},
+        {
+            "lora_controlnet": torch.tensor(1),
+            "input_blocks.1.0.down": DOWN,
+            "input_blocks.1.0.up": UP,
+        },
         "ControlNet",
     ),
 }
@@ -328,7 +382,9 @@ def test_refused_with_the_reason(tensors: Tensors, word: str) -> None:
 
 def test_tucker_and_loha_keep_their_tensors() -> None:
     names = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 36), "hada_w2_a": (6, 2), "hada_w2_b": (2, 36)}
-    tensors = {f"{FLAT}.{name}": make_tensor(i, *shape) for i, (name, shape) in enumerate(names.items())}
+    tensors = {
+        f"{FLAT}.{name}": make_tensor(i, *shape) for i, (name, shape) in enumerate(names.items())
+    }
     delta = read({**tensors, f"{FLAT}.alpha": torch.tensor(1.0)}).layers[FLAT]
     assert isinstance(delta, LoHa)
     one, two, three, four = tensors.values()
@@ -337,7 +393,10 @@ def test_tucker_and_loha_keep_their_tensors() -> None:
 
 def test_embeddings_of_a_dump() -> None:
     module = "base_model.model.text_fusion.embed"
-    tensors = {f"{module}.lora_embedding_A": make_tensor(1, 2, 9), f"{module}.lora_embedding_B": make_tensor(2, 4, 2)}
+    tensors = {
+        f"{module}.lora_embedding_A": make_tensor(1, 2, 9),
+        f"{module}.lora_embedding_B": make_tensor(2, 4, 2),
+    }
     delta = read(tensors).layers["text_fusion.embed"]
     assert isinstance(delta, LoRA)
     assert delta.role == "embedding"

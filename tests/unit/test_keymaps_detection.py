@@ -48,6 +48,18 @@ def test_names_come_before_widths() -> None:
         "blocks_1_attentions_0_transformer_blocks_0", "blocks_2_attentions_1_transformer_blocks_9"
     )
     assert detect_architecture(of(deep, inputs=32)).id == "sdxl"
+    assert detect_architecture(of(deep, CROSS, inputs=768)).id == "sdxl"
+
+
+def test_whose_names_are_flattened_tells_relatives_apart() -> None:
+    # musubi's FramePack has diffusers' names, its HunyuanVideo the authors'.
+    theirs, ours = "single_transformer_blocks_0_proj_mlp", "double_blocks_0_img_"
+    assert detect_architecture(of(f"lora_unet_{theirs}", inputs=3072)).id == "framepack"
+    pair = (f"lora_unet_{ours}attn_qkv", f"lora_unet_{ours}mlp_fc1")
+    assert detect_architecture(of(*pair, inputs=3072)).id == "hunyuan-video"
+    # LyCORIS flattens diffusers' names for every model.
+    with pytest.raises(UnknownArchitectureError, match=r"FLUX\.1 or Chroma"):
+        detect_architecture(of(f"lycoris_{theirs}", inputs=3072))
 
 
 @pytest.mark.parametrize(

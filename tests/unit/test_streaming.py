@@ -24,10 +24,11 @@ from loratools.errors import CorruptFileError, LoratoolsError, NonFiniteError, O
 from loratools.streaming import blocks
 from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork
 from loratools.streaming.checkpoint import (
+    Checkpoint,
     edited_config,
     output_dtype,
     plan_checkpoint,
-    write_checkpoint,
+    write_checkpoints,
 )
 from loratools.tensorfiles.dtypes import dtype_word
 
@@ -86,17 +87,30 @@ def fold_of(delta: LayerDelta, strength: float = 1.0, *, transposed: bool = Fals
     return lambda device: [delta.row_fold(strength, transposed=transposed, device=device)]
 
 
+def write(
+    plan: Checkpoint, output: Path, *, workers: int = 2, **options: object
+) -> dict[str, TensorResult]:
+    """Write one checkpoint; its base must survive."""
+    found = write_checkpoints(
+        {"": plan},
+        output,
+        compute=Compute("cpu", workers),
+        root=plan.base.path,
+        inputs=[plan.base.path],
+        **options,
+    )
+    return dict(found[""])
+
+
 def run(
     base: BaseModel,
     works: Mapping[str, TensorWork],
     output: Path,
     *,
-    workers: int = 2,
     dtype: str = "keep",
     **options: object,
 ) -> dict[str, TensorResult]:
-    plan = plan_checkpoint(base, works, dtype=dtype)
-    return write_checkpoint(plan, output, compute=Compute("cpu", workers), **options)
+    return write(plan_checkpoint(base, works, dtype=dtype), output, **options)
 
 
 def read(folder: Path) -> Tensors:
@@ -203,15 +217,15 @@ def test_numbers_of_every_size(source: torch.dtype, block: int, tmp_path: Path) 
     assert result.result_norm == pytest.approx(float(wanted.norm()), rel=1e-5)
 
 
-def dora_formula(weight: Tensor, delta: DoRA) -> Tensor:
-    moved = weight.double() + exact(delta.lora)
-    return delta.magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True)
+def dora_formula(weight: Tensor, lora: LoRA, magnitude: Tensor) -> Tensor:
+    moved = weight.double() + exact(lora)
+    return magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True)
 
 
-def pissa_formula(weight: Tensor, delta: MovedBase) -> Tensor:
+def pissa_formula(weight: Tensor, lora: LoRA) -> Tensor:
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    rank = delta.lora.rank
-    return weight.double() - (left[:, :rank] * values[:rank]) @ right[:rank] + exact(delta.lora)
+    start = (left[:, : lora.rank] * values[: lora.rank]) @ right[: lora.rank]
+    return weight.double() - start + exact(lora)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -223,8 +237,8 @@ def test_changes_that_need_more_than_their_rows(
     lora = LoRA(normal(1, 3, 13), normal(2, 10, 3), 3.0)
     weight, magnitude = normal(3, 10, 13), normal(4, 10)
     delta: LayerDelta = DoRA(lora, magnitude) if kind == "dora" else MovedBase(lora, "pissa")
-    formula = dora_formula if kind == "dora" else pissa_formula
-    wanted = weight.double() + 0.5 * (formula(weight, delta) - weight.double())  # type: ignore[arg-type]
+    full = dora_formula(weight, lora, magnitude) if kind == "dora" else pissa_formula(weight, lora)
+    wanted = weight.double() + 0.5 * (full - weight.double())
     stored = weight.T.contiguous() if transposed else weight
     base = open_base(save_base(tmp_path / "base", {"model.safetensors": {"w": stored}}, {}))
     run(base, {"w": work(base, "w", fold_of(delta, 0.5, transposed=transposed))}, tmp_path / "out")
@@ -248,12 +262,13 @@ def test_several_changes_are_rounded_once(small_blocks: None, tmp_path: Path) ->
 def test_a_replaced_weight_is_what_others_change(small_blocks: None, tmp_path: Path) -> None:
     """The replacement comes first; DoRA and LoRA then see the new weight, not the base's."""
     weight, value = normal(1, 5, 4), normal(2, 5, 4)
-    dora = DoRA(LoRA(normal(3, 2, 4), normal(4, 5, 2), 2.0), normal(5, 5))
+    lora, magnitude = LoRA(normal(3, 2, 4), normal(4, 5, 2), 2.0), normal(5, 5)
+    dora = DoRA(lora, magnitude)
     replacing = Replacement(value)
     base = open_base(save_base(tmp_path / "base", {"model.safetensors": {"w": weight}}, {}))
     both: MakeFolds = lambda device: [dora.row_fold(1.0), replacing.row_fold(1.0)]  # noqa: E731
     run(base, {"w": work(base, "w", both)}, tmp_path / "out")
-    wanted = dora_formula(value, dora)
+    wanted = dora_formula(value, lora, magnitude)
     torch.testing.assert_close(read(tmp_path / "out")["w"].double(), wanted, rtol=0, atol=1e-5)
 
 
@@ -304,10 +319,12 @@ def test_results_come_in_the_order_of_the_files(small_blocks: None, tmp_path: Pa
 def test_progress_counts_every_byte(small_blocks: None, tmp_path: Path) -> None:
     tensors = all_shapes(torch.float32)
     base = open_base(save_base(tmp_path / "base", {"model.safetensors": tensors}, {}))
-    counts: list[int] = []
+    counts: list[tuple[int, int]] = []
     works = {name: work(base, name, folds) for name, folds in all_folds().items()}
-    run(base, works, tmp_path / "out", workers=3, progress=counts.append)
-    assert sum(counts) == sum(t.numel() * t.element_size() for t in tensors.values())
+    run(base, works, tmp_path / "out", workers=3, progress=lambda *told: counts.append(told))
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert sum(count for count, _ in counts) == size
+    assert {total for _, total in counts} == {size}
 
 
 def test_buffers_do_not_grow_with_the_tensor(
@@ -414,7 +431,7 @@ def test_added_and_dropped_tensors(dtype: str, small_blocks: None, tmp_path: Pat
     head = dyadic(7, 6, 3, dtype=torch.float16)
     works = {"a": work(base, "a", fold_of(lora), dtype), "head": new_tensor("head", head)}
     plan = plan_checkpoint(base, works, dropped={"b"}, dtype=dtype)
-    write_checkpoint(plan, tmp_path / "out", compute=Compute())
+    write(plan, tmp_path / "out")
     tensors = read(tmp_path / "out")
     assert tensors.keys() == {"a", "c", "d", "head"}
     old = {name: t for group in shards().values() for name, t in group.items()}
@@ -441,7 +458,7 @@ def test_unedited_config_and_side_files_keep_their_bytes(tmp_path: Path) -> None
     (folder / "1_Pooling" / "config.json").write_bytes(b"{}")
     (folder / "pytorch_model.bin").write_bytes(b"another copy of the weights")
     base = open_base(folder)
-    write_checkpoint(plan_checkpoint(base, {}), tmp_path / "out", compute=Compute())
+    run(base, {}, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == odd
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_bytes() == b"{}"
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
@@ -621,7 +638,7 @@ def test_a_base_cut_off_during_the_run(tmp_path: Path) -> None:
     base, works = big_base(tmp_path / "base")
     seen: list[int] = []
 
-    def cut(count: int) -> None:
+    def cut(count: int, total: int) -> None:
         seen.append(count)
         os.truncate(tmp_path / "base" / "model.safetensors", 50_000)
 
@@ -678,7 +695,7 @@ def test_an_interrupt_stops_the_workers(
     written: list[int] = []
     running = threading.Event()
 
-    def progress(count: int) -> None:
+    def progress(count: int, total: int) -> None:
         written.append(count)
         running.set()
 
@@ -698,8 +715,8 @@ def test_a_failure_spares_what_was_there(tmp_path: Path) -> None:
     run(base, works, tmp_path / "out")
     before = digests(tmp_path / "out")
 
-    def refuse(results: Mapping[str, TensorResult]) -> None:
-        assert results.keys() == works.keys()
+    def refuse(results: Mapping[str, Mapping[str, TensorResult]]) -> None:
+        assert results[""].keys() == works.keys()
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
