@@ -13,15 +13,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.adapter_io import load_adapter, save_adapter
+    from loratools.convert import convert_adapter
     from loratools.errors import LoratoolsError
     from loratools.merge import merge_into_base, unmerge_from_base
     from loratools.report import Report
     from loratools.summary import summarize
+    from loratools.verify import compare_adapters
 
 _HOMES = {
     "Adapter": "loratools.adapter",
     "LoratoolsError": "loratools.errors",
     "Report": "loratools.report",
+    "compare_adapters": "loratools.verify",
+    "convert_adapter": "loratools.convert",
     "load_adapter": "loratools.adapter_io",
     "merge_into_base": "loratools.merge",
     "save_adapter": "loratools.adapter_io",
@@ -33,6 +37,8 @@ __all__ = [
     "Adapter",
     "LoratoolsError",
     "Report",
+    "compare_adapters",
+    "convert_adapter",
     "load_adapter",
     "merge_into_base",
     "save_adapter",

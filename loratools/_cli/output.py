@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratools.streaming.rewriting import Progress
 
 _NOTES_SHOWN = 8
+_WORDS_SHOWN = 16
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
@@ -162,10 +163,11 @@ def _lines(name: str, value: Json) -> list[str]:
     """Return a fact's lines: one for each adapter, one for anything else."""
     if name == "adapters":
         return [
-            f"{one['path']} (strength {one['strength']:g}, {one['layers']} layers)" for one in value
+            f"{one['path']} (strength {one['strength']:g}, {_layers(one['layers'])})"
+            for one in value
         ]
     if name in ("ranks", "alphas"):
-        return [", ".join(f"{key} in {count} layers" for key, count in value.items())]
+        return [", ".join(f"{key} in {_layers(count)}" for key, count in value.items())]
     return [_value(name, value)]
 
 
@@ -175,10 +177,16 @@ def _value(name: str, value: Json) -> str:
     if isinstance(value, (int, float)):
         return _number(name, value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_value('', item)}" for key, item in value.items())
+        words = [f"{key}: {_value('', item)}" for key, item in value.items()]
+        more = [f"... {len(words) - _WORDS_SHOWN} more"] if len(words) > _WORDS_SHOWN else []
+        return ", ".join([*words[:_WORDS_SHOWN], *more])
     if isinstance(value, list):
         return "; ".join(_value("", item) for item in value)
     return str(value)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _number(name: str, value: float) -> str:
@@ -210,5 +218,6 @@ def _table(items: Sequence[Mapping[str, Json]]) -> None:
 
 def _cell(value: Json) -> str:
     if isinstance(value, list):
-        return "x".join(str(item) for item in value)
+        joint = ", " if any(isinstance(item, str) for item in value) else "x"
+        return joint.join(str(item) for item in value)
     return "-" if value is None else _value("", value)

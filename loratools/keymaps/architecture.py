@@ -107,6 +107,8 @@ class Architecture:
         components: the denoiser first.
         signature: original names (templates) that only this architecture's denoiser has, of
             which a base has all.
+        blocks: diffusers' block lists and how many blocks the released models have, where that
+            tells relatives with the same names apart.
         modelspec: ``modelspec.architecture`` of its LoRAs, without ``/lora``.
         base_versions: values of ``ss_base_model_version`` that mean it; the first is written.
     """
@@ -116,4 +118,5 @@ class Architecture:
     components: tuple[Component, ...]
     signature: tuple[str, ...]
     modelspec: str = ""
+    blocks: tuple[tuple[str, int], ...] = ()
     base_versions: tuple[str, ...] = ()

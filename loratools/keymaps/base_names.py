@@ -35,9 +35,10 @@ class BaseNames:
 
     def home(self, component: Component) -> Home | None:
         """Return how the base names the network, or ``None`` where it has no such network."""
-        if component.name not in self._homes:
-            self._homes[component.name] = self._find_home(self._words.names_of(component))
-        return self._homes[component.name]
+        # Not by its name: LTX-2 has two networks that diffusers calls connectors.
+        if component.original not in self._homes:
+            self._homes[component.original] = self._find_home(self._words.names_of(component))
+        return self._homes[component.original]
 
     def own_hit(self, path: str) -> Hit | None:
         """Return the module of a path that no row knows but the base has, if it has."""
@@ -79,7 +80,7 @@ class BaseNames:
 
     def _unlisted_in(self, names: ComponentNames, home: Home) -> Mapping[str, str]:
         """Return the base's modules that no row has, by name and by flattened name."""
-        key = names.component.name
+        key = names.component.original
         if key not in self._unlisted:
             bodies = [b for b in self._bodies(home.prefix) if not names.look_up(b, flat=False)]
             self._unlisted[key] = {way(body): body for way in (str, flatten) for body in bodies}

@@ -67,11 +67,59 @@ def detect_architecture(adapter: Adapter, arch_hint: str | None = None) -> Archi
         lambda arch: _is_flattened_so(arch, widths),
         lambda arch: _is_told(arch, adapter.metadata),
         lambda arch: _signature_in(arch, widths),
+        lambda arch: _has_its_blocks(arch, adapter),
     )
     for shows in breakers:
         if len(best) > 1:
             best = [fit for fit in best if shows(fit.architecture)] or best
+    if len(best) > 1 and _name_alike([fit.architecture for fit in best], adapter):
+        best = best[:1]
     return _only(best, len(widths), "adapter")
+
+
+def _has_its_blocks(architecture: Architecture, adapter: Adapter) -> bool:
+    """Return whether the last blocks that the adapter changes are the architecture's last."""
+    words = vocabulary_of(architecture)
+    hits = words.resolve(adapter.layers, adapter.naming).values()
+    paths = [hit.paths[0] for hit in hits if hit is not None and hit.paths]
+    last: dict[str, int] = {}
+    for path in paths:
+        stack, _, rest = path.partition(".")
+        number = rest.partition(".")[0]
+        if number.isdigit():
+            last[stack] = max(last.get(stack, 0), int(number) + 1)
+    counts = dict(architecture.blocks)
+    known = [stack for stack in last if stack in counts]
+    return bool(known) and all(last[stack] == counts[stack] for stack in known)
+
+
+def _name_alike(candidates: Sequence[Architecture], adapter: Adapter) -> bool:
+    """Return whether every candidate gives these modules the same names and layout everywhere.
+
+    FLUX.1 and Chroma do for adapters of attention layers alone, the commonest kind; which one is
+    meant then decides no name. Where the widths themselves differ (SD1 and SD2), it is a question.
+    """
+    if not all(candidate.blocks for candidate in candidates):
+        return False
+    spellings = [_spellings(candidate, adapter) for candidate in candidates]
+    return all(spelling == spellings[0] for spelling in spellings)
+
+
+def _spellings(architecture: Architecture, adapter: Adapter) -> list[object]:
+    words = vocabulary_of(architecture)
+    found: list[object] = []
+    for hit in words.resolve(adapter.layers, adapter.naming).values():
+        if hit is None:
+            return [architecture.id]
+        one = hit.component
+        originals = words.names_of(one).rowset("original").parts
+        rows = [
+            (row, place, one.flattens)
+            for path in hit.paths
+            for (row, place), _ in [originals.find(path) or ((None, 0), {})]
+        ]
+        found.append((one.name, one.original, one.kohya[0], hit.paths, rows))
+    return found
 
 
 def detect_base(shapes: Mapping[str, Sequence[int]]) -> Architecture:

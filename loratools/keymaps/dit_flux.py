@@ -93,6 +93,7 @@ FLUX1 = Architecture(
     ),
     signature=("double_blocks.{i}.img_mod.lin", "vector_in.in_layer"),
     modelspec="flux-1-dev",
+    blocks=(("transformer_blocks", 19), ("single_transformer_blocks", 38)),
     base_versions=("flux1", "flux_kontext"),
 )
 
@@ -108,6 +109,7 @@ CHROMA = Architecture(
     ),
     signature=("distilled_guidance_layer.in_proj",),
     modelspec="chroma",
+    blocks=(("transformer_blocks", 19), ("single_transformer_blocks", 38)),
     base_versions=("chroma",),
 )
 

@@ -181,6 +181,7 @@ HUNYUAN_VIDEO = Architecture(
         "vector_in.in_layer",
     ),
     modelspec="hunyuan-video",
+    blocks=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
     base_versions=("hunyuan_video",),
 )
 
@@ -196,6 +197,7 @@ FRAMEPACK = Architecture(
     ),
     signature=("clean_x_embedder.proj", "image_projection.up"),
     modelspec="framepack",
+    blocks=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
     base_versions=("framepack",),
 )
 

@@ -18,8 +18,14 @@ def kron_rows(first: Tensor, second: Tensor, start: int, stop: int) -> Tensor:
 
 def kron_factors(first: Factors, second: Factors) -> Factors:
     """Return float32 (up, down) of (U₁V₁) ⊗ (U₂V₂) = (U₁ ⊗ U₂)(V₁ ⊗ V₂); ranks multiply."""
-    up, down = (torch.kron(one, two) for one, two in zip(first, second, strict=True))
+    up, down = (_kron(one, two) for one, two in zip(first, second, strict=True))
     return up.to(torch.float32), down.to(torch.float32)
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    # torch.kron (2.13) raises on matrices of one column whose strides are unusual.
+    height, width = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+    return (first[:, None, :, None] * second[None, :, None, :]).reshape(height, width)
 
 
 def least_factors_of(matrix: Tensor, size: int = 0) -> Factors:

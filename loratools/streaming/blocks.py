@@ -9,13 +9,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loratools.basemodel import BaseTensor, elements
 from loratools.deltas import RowFold
-from loratools.errors import CorruptFileError, NonFiniteError
+from loratools.errors import CorruptFileError, InputError, NonFiniteError
 from loratools.tensorfiles.copying import read_at
 from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
 
@@ -91,6 +92,15 @@ def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
         return blocks.first()
 
 
+def open_source(path: Path) -> int:
+    """Return a descriptor to read from; raises InputError naming the file."""
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: {reason}", hint="was it moved or changed meanwhile?") from error
+
+
 class Buffers:
     """Memory that every block of a thread reuses."""
 
@@ -129,7 +139,7 @@ class Blocks:
 
     def __enter__(self) -> Blocks:
         if self.work.source.start is not None:
-            self.file = os.open(self.work.source.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.file = open_source(self.work.source.file)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -218,7 +228,7 @@ class Blocks:
         self.squares[0] += _square(wide - self._original(raw) if self.substitutes else change)
         out = self._rounded(wide, start)
         if not self.changed:
-            self.changed = self._differs(out, raw, change)
+            self.changed = self._differs(out, raw, wide, change)
         return out
 
     def _original(self, raw: Tensor) -> Tensor:
@@ -252,9 +262,11 @@ class Blocks:
             hint=_non_finite_hint(value, self.work.dtype),
         )
 
-    def _differs(self, out: Tensor, raw: Tensor, change: Tensor) -> bool:
+    def _differs(self, out: Tensor, raw: Tensor, wide: Tensor, change: Tensor) -> bool:
         if out.dtype == raw.dtype:
             return not torch.equal(out, raw)
+        if self.substitutes:
+            return not torch.equal(wide, raw.to(wide.device, wide.dtype))
         return bool(change.any())
 
     def _cast(self, raw: Tensor, start: int) -> Tensor:

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from loratools.basemodel import Shard
 from loratools.compute import Compute, one_thread_kernels
-from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork
+from loratools.errors import CorruptFileError
+from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork, open_source
 from loratools.tensorfiles.copying import copy_range, start_writeback, write_at
 from loratools.tensorfiles.header import encode_header
 
+_CHANGED = "was it changed meanwhile?"
 Progress = Callable[[int, int], None]
 """Called with the bytes just written and the bytes of the whole job, from several threads."""
 
@@ -36,8 +38,13 @@ class FileWork:
         """Return the file's first bytes: the original's own where the layout is the same."""
         old = self.original.header
         if old and self._same_layout():
-            with self.original.path.open("rb") as file:
-                return file.read(old.data_start)
+            with os.fdopen(open_source(self.original.path), "rb") as file:
+                found = file.read(old.data_start)
+            if len(found) < old.data_start:
+                raise CorruptFileError(
+                    f"{self.original.path}: ends inside its header", hint=_CHANGED
+                )
+            return found
         entries = [(work.name, work.dtype, work.shape) for work in self.tensors]
         return encode_header(entries, self.original.metadata)
 
@@ -82,7 +89,8 @@ class _Runner:
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
-        return self.results
+        names = (work.name for file, _ in files for work in file.tensors)
+        return {name: self.results[name] for name in names if name in self.results}
 
     def _submit(
         self, pool: ThreadPoolExecutor, file: FileWork, path: Path
@@ -109,8 +117,14 @@ class _Runner:
             raise
 
     def _copy(self, task: _Copy, path: Path) -> None:
-        with task.source.open("rb", buffering=0) as source, path.open("r+b", buffering=0) as target:
-            copy_range(source.fileno(), task.start, target.fileno(), task.to, task.count)
+        with (
+            os.fdopen(open_source(task.source), "rb", buffering=0) as source,
+            path.open("r+b", buffering=0) as target,
+        ):
+            try:
+                copy_range(source.fileno(), task.start, target.fileno(), task.to, task.count)
+            except CorruptFileError as error:
+                raise CorruptFileError(f"{task.source}: {error.message}", _CHANGED) from error
             start_writeback(target.fileno(), task.to, task.count)
         self.progress(task.count)
 

@@ -13,6 +13,7 @@ import pytest
 
 from loratools import cli
 from loratools.demo import make_adapter, make_base
+from tests.image_adapters import write_kohya_sdxl
 
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -58,12 +59,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(folder / "base")
     make_adapter(folder / "adapter")
     make_adapter(folder / "second", seed=2)
+    write_kohya_sdxl(folder / "ink.safetensors")
     return folder
 
 
 @pytest.fixture
 def here(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return a working directory that holds ``base``, ``adapter`` and ``second``."""
+    """Return a working directory that holds ``base``, two adapters and ``ink``."""
     folder = tmp_path / "here"
     shutil.copytree(originals, folder)
     monkeypatch.chdir(folder)

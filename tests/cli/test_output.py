@@ -23,6 +23,8 @@ COMMANDS = {
     "dry run": [*MERGE, "--dry-run"],
     "unmerge": ["unmerge", "base", "adapter", "-o", "out"],
     "restore": ["unmerge", "base", "-o", "out", "--base", "base"],
+    "convert": ["convert", "ink.safetensors", "-o", "ink", "--to", "diffusers"],
+    "diff": ["diff", "adapter", "adapter"],
     "inspect adapter": ["inspect", "adapter"],
     "inspect base": ["inspect", "base"],
     "formats": ["formats"],
@@ -126,15 +128,13 @@ def test_the_headline_says_what_went_where(here: Path, run: Run) -> None:
     assert run(*MERGE).out.startswith("merged base + adapter -> out\n")
 
 
-@pytest.mark.xfail(reason="unmerge's headline adds where it subtracts")
 def test_the_headline_of_unmerge(here: Path, run: Run) -> None:
     assert " + " not in run("unmerge", "base", "adapter", "-o", "out").out.splitlines()[0]
 
 
-@pytest.mark.xfail(reason="the model that was copied back from is in no report")
 def test_a_restored_model_says_from_what(here: Path, run: Run) -> None:
     document = run("unmerge", "base", "-o", "out", "--base", "./base", "--json").document
-    assert "./base" in str(document)
+    assert document["facts"]["base"] == "./base"
 
 
 def test_notes_go_to_stderr(here: Path, run: Run) -> None:
@@ -154,7 +154,6 @@ def test_many_notes_are_cut_unless_asked_for(capsys: pytest.CaptureFixture[str])
     assert full.count("Note: ") == 20
 
 
-@pytest.mark.xfail(reason="notes are cut before warnings come first")
 def test_a_warning_is_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
     notes = (*(Note(f"number {i}") for i in range(20)), Note("danger", "warning"))
     Output().report(Report("merge", notes=notes))
@@ -226,7 +225,6 @@ def test_a_bar_comes_and_goes(here: Path) -> None:
     assert shown.rindex(f"{ESCAPE}?25h") > shown.rindex("merging")
 
 
-@pytest.mark.xfail(reason="the bar does not know how many bytes there will be")
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
 def test_the_bar_knows_its_end(here: Path) -> None:
     _, shown, _ = on_terminal(here, *MERGE)

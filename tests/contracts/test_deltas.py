@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -56,6 +56,8 @@ from .diffusion_kinds import (
 )
 
 Matrix = list[list[float]]
+# Every test runs for every kind that is listed, so each may look at fewer examples.
+FEWER = settings(max_examples=max(1, settings().max_examples * 2 // 5))
 
 
 # ── the oracles: W' in float64, written from the papers' formulas, not from the library ─────────
@@ -264,6 +266,7 @@ def test_every_delta_is_listed_and_has_an_oracle() -> None:
 class TestContract:
     """What every delta keeps."""
 
+    @FEWER
     @given(data=st.data())
     def test_is_frozen(self, kind: str, data: st.DataObject) -> None:
         delta = data.draw(deltas_by_kind[kind])
@@ -273,6 +276,7 @@ class TestContract:
         with pytest.raises((AttributeError, TypeError)):
             delta.novelty = 1
 
+    @FEWER
     @given(data=st.data())
     def test_map_tensors(self, kind: str, data: st.DataObject) -> None:
         """The identity gives the same tensors; another function leaves the original alone."""
@@ -290,12 +294,14 @@ class TestContract:
             if not isinstance(getattr(delta, field.name), (Tensor, LayerDelta, tuple, type(None))):
                 assert getattr(doubled, field.name) == getattr(delta, field.name)
 
+    @FEWER
     @given(data=st.data(), seed=st.integers(0, 99))
     def test_strength_zero_is_the_base(self, kind: str, data: st.DataObject, seed: int) -> None:
         delta = data.draw(deltas_by_kind[kind])
         weight = make_weight(delta, seed)
         assert torch.equal(delta.apply(weight, 0.0), weight)
 
+    @FEWER
     @given(data=st.data(), seed=st.integers(0, 99))
     def test_strength_one_is_the_formula(self, kind: str, data: st.DataObject, seed: int) -> None:
         delta = data.draw(deltas_by_kind[kind])
@@ -306,6 +312,7 @@ class TestContract:
         assert (actual.dtype, actual.shape) == (torch.float32, weight.shape)
         assert_near(actual, wanted, weight, tolerance)
 
+    @FEWER
     @given(data=st.data(), strength=strengths)
     def test_strength_is_the_way_gone(
         self, kind: str, data: st.DataObject, strength: float
@@ -319,6 +326,7 @@ class TestContract:
         tolerance = tolerance_of(delta) * largest_factor(delta) * (1 + abs(strength))
         assert_near(delta.apply(weight, strength), wanted, weight, tolerance)
 
+    @FEWER
     @given(data=st.data(), strength=strengths, transposed=st.booleans())
     def test_blocks_add_up(
         self, kind: str, data: st.DataObject, strength: float, transposed: bool
@@ -339,6 +347,7 @@ class TestContract:
                 wanted = as_stored(whole, fold, transposed=transposed).double()
                 assert_near(result, wanted, weight, tolerance)
 
+    @FEWER
     @given(data=st.data(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
     def test_other_inputs(
         self, kind: str, data: st.DataObject, dtype: torch.dtype, seed: int
@@ -354,6 +363,7 @@ class TestContract:
         assert torch.equal(weight, make_weight(delta, seed, dtype))
         assert all(torch.equal(delta.tensors()[name], tensor) for name, tensor in before.items())
 
+    @FEWER
     @given(data=st.data())
     def test_strided_tensors(self, kind: str, data: st.DataObject) -> None:
         """Stored tensors may be views: sliced, transposed."""
@@ -366,6 +376,7 @@ class TestContract:
             plain, strided = (fold_in_blocks(fold, stored, 2) for fold in folds)
             torch.testing.assert_close(plain, strided)
 
+    @FEWER
     @given(data=st.data())
     def test_a_fold_may_be_made_again(self, kind: str, data: st.DataObject) -> None:
         """Two folds of one delta do not share what they measured."""
@@ -374,6 +385,7 @@ class TestContract:
         once, twice = (fold_in_blocks(delta.row_fold(1.0), weight, 1) for _ in range(2))
         assert torch.equal(once, twice)
 
+    @FEWER
     @given(data=st.data())
     def test_names_and_shapes(self, kind: str, data: st.DataObject) -> None:
         delta = data.draw(deltas_by_kind[kind])
@@ -384,6 +396,7 @@ class TestContract:
         assert delta.obstacle is None
         assert all(isinstance(tensor, Tensor) for tensor in delta.tensors().values())
 
+    @FEWER
     @given(data=st.data())
     def test_norm(self, kind: str, data: st.DataObject) -> None:
         """‖ΔW‖ for what is additive, and no word for the rest."""
@@ -418,6 +431,7 @@ def expected_shape(delta: LayerDelta) -> list[int]:
 class TestAdditive:
     """What additive deltas keep besides."""
 
+    @FEWER
     @given(data=st.data(), factor=st.floats(-4, 4))
     def test_algebra(self, kind: str, data: st.DataObject, factor: float) -> None:
         """Materialised, scaled and as a low-rank product: the same ΔW in float64."""
@@ -433,6 +447,7 @@ class TestAdditive:
             assert isinstance(plain, LoRA)
             assert_near(expected(plain, zero), change, zero, unit)
 
+    @FEWER
     @given(data=st.data())
     def test_does_not_depend_on_the_weight(self, kind: str, data: st.DataObject) -> None:
         delta = data.draw(deltas_by_kind[kind])

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,6 +33,8 @@ from loratools.formats import FORMATS, FormatRow, detect_format, get_format
 from loratools.formats.format import Format, Listing
 from tests.strategies import adapters, make_tensor, mixed_adapters
 
+# Every test runs for every kind that is listed, so each may look at fewer examples.
+FEWER = settings(max_examples=max(1, settings().max_examples * 2 // 5))
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {delta.kind for delta in DELTAS}
 LAYER_KINDS = (LoRA.kind, DoRA.kind, ExpertLoRA.kind, MovedBase.kind)
@@ -163,6 +165,7 @@ class TestContract:
     def test_has_golden_files(self, row: FormatRow) -> None:
         assert any(name == row.name for name, _ in CASES)
 
+    @FEWER
     @given(data=st.data())
     def test_round_trip(self, row: FormatRow, data: st.DataObject) -> None:
         """What a format says it holds comes back: the same ΔW, and the argument untouched."""
@@ -174,6 +177,7 @@ class TestContract:
         assert_same_effect(again, adapter)
         assert_same_bits(adapter, before)
 
+    @FEWER
     @given(data=st.data())
     def test_factors_keep_their_bits(self, row: FormatRow, data: st.DataObject) -> None:
         """Plain LoRA goes through a format that holds it without any arithmetic on tensors."""
@@ -183,6 +187,7 @@ class TestContract:
         adapter = native(data.draw(adapters(kinds=(LoRA.kind,))), row, biases=False)
         assert_same_bits(chosen.read(chosen.write(adapter)), snapshot(adapter))
 
+    @FEWER
     @given(adapter=mixed_adapters())
     def test_kept_or_refused(self, row: FormatRow, adapter: Adapter) -> None:
         """Whatever is written reads back as it was; what cannot be is refused, never bent."""
@@ -194,6 +199,7 @@ class TestContract:
             return
         assert_same_effect(chosen.read(written), adapter)
 
+    @FEWER
     @given(data=st.data())
     def test_what_it_does_not_hold_is_refused(self, row: FormatRow, data: st.DataObject) -> None:
         chosen = get_format(row.name)
@@ -210,6 +216,7 @@ class TestContract:
             chosen.write(native(Adapter({"h.0.fc": delta}), row))
         assert caught.value.hint
 
+    @FEWER
     @given(adapter=adapters())
     def test_writes_what_it_recognises(self, row: FormatRow, adapter: Adapter) -> None:
         bundle = writer(row).write(native(adapter, row))
@@ -217,6 +224,7 @@ class TestContract:
         listing = Listing(shapes, bundle.metadata, bundle.sidecars)
         assert detect_format(listing, "x").name == row.name
 
+    @FEWER
     @given(adapter=adapters())
     def test_written_twice_is_written_once(self, row: FormatRow, adapter: Adapter) -> None:
         """A second round trip writes the same names, values and words as the first."""

@@ -34,10 +34,13 @@ _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 def make_files(folder: Path) -> None:
-    """Make what the pages take for given: a base and two adapters."""
+    """Make what the pages take for given: a base, two adapters for it and one for SDXL."""
+    from tests.image_adapters import write_kohya_sdxl
+
     make_base(folder / "base")
     make_adapter(folder / "adapter")
     make_adapter(folder / "style", seed=2)
+    write_kohya_sdxl(folder / "ink.safetensors")
 
 
 def steps(block: str) -> Iterator[tuple[str, str]]:
@@ -171,6 +174,7 @@ def rewritten(block: str) -> str:
 
 def main() -> None:
     """Write today's output into every page."""
+    sys.path.insert(0, str(ROOT))
     for page in PAGES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()

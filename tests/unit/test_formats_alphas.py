@@ -119,6 +119,11 @@ WORDS: dict[str, tuple[dict[str, str], str, float]] = {
     "PEFT's LoKr": (adapter_words(**{"transformer.r": 8, "transformer.alpha": 4}), DIFFUSERS, 0.5),
     "a loose alpha": ({"alpha": "0.5"}, ORIGINAL, 0.0625),
     "SimpleTuner": ({"transformer.lora_alpha": "4", "transformer.r": "8"}, DIFFUSERS, 0.5),
+    "SimpleTuner, another rank": (
+        {"transformer.lora_alpha": "4", "transformer.r": "16"},
+        DIFFUSERS,
+        0.25,
+    ),
     "network_alpha": ({"network_alpha": "16.0"}, ORIGINAL, 2.0),
     "kohya's word is only a note": ({"ss_network_alpha": "1"}, ORIGINAL, 1.0),
 }

@@ -24,6 +24,7 @@ from loratools.deltas import (
     LoRA,
     Replacement,
     RowReplacement,
+    SparseResidual,
     SumDelta,
     TuckerLoRA,
 )
@@ -337,6 +338,17 @@ def test_a_bias_is_kept_by_every_format() -> None:
             again = chosen.read(chosen.write(adapter)).layers[path.format("x")]
             torch.testing.assert_close(again.bias_change, delta.bias_change)
             torch.testing.assert_close(again.materialize(), delta.materialize())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
+def test_a_residual_keeps_its_own_scale(scale: float) -> None:
+    """Readers scale it with the LoRA, whatever its scale was."""
+    indices = torch.tensor([[0, 5], [1, 2]])
+    residual = SparseResidual(indices, torch.tensor([1.0, 2.0]), (6, 4), scale)
+    delta = SumDelta((LORA.scaled(0.5), residual))
+    adapter = Adapter({"lora_unet_x": delta}, naming="kohya")
+    again = get_format("kohya").read(get_format("kohya").write(adapter)).layers["lora_unet_x"]
+    torch.testing.assert_close(again.materialize(), delta.materialize())
 
 
 def test_comfyui_spellings() -> None:

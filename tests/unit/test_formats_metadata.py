@@ -16,6 +16,7 @@ from torch import Tensor
 from loratools.adapter import Adapter
 from loratools.adapter_io import load_adapter, save_adapter
 from loratools.deltas import LoHa, LoRA
+from loratools.formats import get_format
 from loratools.formats.kohya_metadata import (
     legacy_hash,
     model_hash,
@@ -96,6 +97,7 @@ def test_stale_hashes_do_not_survive(name: str, tmp_path: Path) -> None:
     }
     lora = LoRA(make_tensor(1, 2, 4), make_tensor(2, 6, 2), 1.0)
     adapter = Adapter({path: lora}, naming=naming, metadata={**stale, "name": "mine"})
+    assert not set(stale.values()) & set(get_format(name).write(adapter).metadata.values())
     save_adapter(adapter, tmp_path / "x.safetensors", format=name)
     words = metadata_of(tmp_path / "x.safetensors")
     assert words["name"] == "mine"
@@ -208,8 +210,6 @@ def test_single_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_diffusers_words_speak_for_each_component() -> None:
-    from loratools.formats import get_format
-
     def lora(rank: int, alpha: float) -> LoRA:
         return LoRA(make_tensor(1, rank, 4), make_tensor(2, 6, rank), alpha)
 

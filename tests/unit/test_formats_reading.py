@@ -248,6 +248,7 @@ def test_repeated_projections_are_dropped_if_equal(sep: str) -> None:
         "to_v",
     ]
     assert any("parts say the same" in note for note in adapter.notes)
+    assert adapter.naming == ("kohya" if sep == "_" else "original")
 
 
 def test_repeated_projections_that_differ_are_refused() -> None:

@@ -62,6 +62,18 @@ def test_whose_names_are_flattened_tells_relatives_apart() -> None:
         detect_architecture(of(f"lycoris_{theirs}", inputs=3072))
 
 
+def test_all_blocks_tell_flux_from_hunyuan() -> None:
+    def attention(double: int, single: int) -> Adapter:
+        paths = [f"transformer.transformer_blocks.{i}.attn.to_q" for i in range(double)]
+        paths += [f"transformer.single_transformer_blocks.{i}.attn.to_q" for i in range(single)]
+        return replace(of(*paths, inputs=3072), naming="diffusers")
+
+    # Chroma's names of these modules are FLUX.1's, so that nothing depends on the answer.
+    assert detect_architecture(attention(19, 38)).id == "flux1"
+    with pytest.raises(UnknownArchitectureError, match="HunyuanVideo or FramePack"):
+        detect_architecture(attention(20, 40))
+
+
 @pytest.mark.parametrize(
     ("metadata", "arch"),
     [
