@@ -20,6 +20,7 @@ from loratools.formats import get_format
 from loratools.formats.format import Format
 from loratools.keymaps.repairs import repair_split_qkv_alpha
 from loratools.keymaps.translate import detect_architecture, translate
+from loratools.planning.merge_plan import check_finite
 from loratools.report import Json, Note, Report
 from loratools.tensorfiles.destination import check_destination
 
@@ -82,6 +83,7 @@ def convert_adapter(
     """
     target = get_format(to)
     source, loaded = open_adapter(adapter)
+    check_finite(loaded, str(adapter))
     shapes = {name: t.shape for name, t in open_base(base).tensors.items()} if base else None
     prepared = _repaired(loaded, repair, arch)
     done = convert_value(prepared, target, arch=arch, shapes=shapes, allow_loss=allow_loss)

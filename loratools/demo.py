@@ -28,7 +28,7 @@ def run_demo(output: str | os.PathLike[str] | None = None, *, overwrite: bool = 
 
     Args:
         output: a folder to keep ``base``, ``adapter`` and ``merged`` in; else they are temporary.
-        overwrite: replace them if they exist.
+        overwrite: replace an earlier demo, or another folder of a model.
 
     Raises:
         LoratoolsError: merged and base + adapter disagree.
@@ -38,6 +38,8 @@ def run_demo(output: str | os.PathLike[str] | None = None, *, overwrite: bool = 
         with tempfile.TemporaryDirectory() as temporary:
             return _run(Path(temporary), None)
     with staged_output(Path(output), folder=True, overwrite=overwrite) as staged:
+        # By its config.json the folder is known as one that --overwrite may replace.
+        (staged / "config.json").write_text(json.dumps({"made_by": "loratools demo"}) + "\n")
         return _run(staged, str(output))
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from loratools.adapter_io import find_weights
-from loratools.basemodel import BaseModel, is_pipeline, open_base, open_pipeline
+from loratools.basemodel import BaseModel, Pipeline, is_pipeline, open_base, open_pipeline
 from loratools.compute import Compute, resolve_compute
 from loratools.deltas import Replacement
 from loratools.planning.merge_plan import (
@@ -80,15 +80,14 @@ def merge_into_base(
     """
     root = Path(base)
     compute = resolve_compute(device)
+    opened = open_pipeline(root) if is_pipeline(root) else open_base(root)
     loaded = load_adapters(adapters)
     plan = partial(plan_merge, dtype=dtype, residual_base=residual_base, arch=arch)
-    if is_pipeline(root):
-        pipeline = open_pipeline(root)
-        plans = plan_pipeline(pipeline, loaded, plan, arch)
-        job = _Job(root, plans, loaded, pipeline.files, pipeline.other_files)
+    if isinstance(opened, Pipeline):
+        plans = plan_pipeline(opened, loaded, plan, arch)
+        job = _Job(root, plans, loaded, opened.files, opened.other_files)
     else:
-        model = open_base(root)
-        job = _Job(root, {"": plan(model, loaded)}, loaded, model.files)
+        job = _Job(root, {"": plan(opened, loaded)}, loaded, opened.files)
     results = _write(job, Path(output), compute, overwrite, dry_run, progress)
     return _report("merge", job, results, None if dry_run else str(output))
 

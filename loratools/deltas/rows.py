@@ -36,7 +36,13 @@ def times(tensor: Tensor, factor: float) -> Tensor:
 
 def is_zero(*factors: Tensor | None) -> bool:
     """Return whether any of the factors of a product is all zero."""
-    return any(factor is not None and not bool(_wide(factor).any()) for factor in factors)
+    return any(factor is not None and not _has_nonzero(factor) for factor in factors)
+
+
+def _has_nonzero(factor: Tensor) -> bool:
+    # One look at the first element spares nearly every pass over the whole tensor.
+    first = factor.reshape(-1)[:1] if factor.is_contiguous() else factor
+    return bool(_wide(first).any()) or bool(_wide(factor).any())
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -72,3 +72,6 @@ CONV1D_TYPES: frozenset[str] = frozenset(
 )
 CONV1D_LEAVES: frozenset[str] = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Layers that store (in, out): transformers' Conv1D."""
+
+TRANSPOSED_PARAMETERS: frozenset[str] = frozenset({"text_projection"})
+"""Parameters that stand alone and store (in, out): OpenCLIP's projection."""

@@ -26,6 +26,8 @@ from loratools.keymaps.vocabulary import Hit, Vocabulary, vocabulary_of
 _CARRIED = ("bundle_emb.",)
 """Extras that are no module of any model: textual inversions bundled with a LoRA."""
 
+_AUX = "_aux."
+
 _SUGGESTED = 12
 _SCALE = ".scale"
 

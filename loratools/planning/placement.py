@@ -23,9 +23,11 @@ from loratools.deltas import (
 )
 from loratools.deltas.base import ShiftFold
 from loratools.errors import MatchError, UnsupportedError
+from loratools.formats.module_reading import RESHAPE
+from loratools.formats.parameters import is_carried
 from loratools.keymaps.expert_rows import TRANSPOSED_TYPES
 from loratools.keymaps.names import NameIndex
-from loratools.keymaps.transformers_rows import CONV1D_LEAVES, CONV1D_TYPES
+from loratools.keymaps.transformers_rows import CONV1D_LEAVES, CONV1D_TYPES, TRANSPOSED_PARAMETERS
 
 Part = Literal["weight", "bias"]
 
@@ -142,6 +144,14 @@ class _Finder:
         self.position = position
         # Extras first: a resized embedding is the weight that its own LoRA must fit.
         for name, extra in adapter.extras.items():
+            if is_carried(name):
+                self.notes.append(f"left out: {name} is no weight of the model")
+                continue
+            if name.endswith(RESHAPE):
+                raise UnsupportedError(
+                    f"{name}: the adapter widens the base's weight, which merge does not do yet",
+                    hint="load it as an adapter, or widen the base first",
+                )
             home = self._extra_home(name, extra)
             if home is not None:
                 self.placements.append(Placement(home, name, extra, strength, position))
@@ -187,10 +197,12 @@ class _Finder:
         name = self._home(path, names)
         if name is None:
             return
-        transposed = self._orientation(path, name, delta)
-        if transposed is None:
-            return
-        yield Placement(name, path, delta, strength, position, transposed)
+        delta = _in_shape(delta, self.shapes[name])
+        if delta.changes_weight:
+            transposed = self._orientation(path, name, delta)
+            if transposed is None:
+                return
+            yield Placement(name, path, delta, strength, position, transposed)
         if delta.bias_change is not None:
             bias = self._bias_home(path, name, delta.bias_change)
             if bias is not None:
@@ -273,6 +285,8 @@ class _Finder:
 
     def _is_conv1d(self, name: str) -> bool:
         leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if leaf in TRANSPOSED_PARAMETERS and not name.endswith(".weight"):
+            return True
         if leaf not in CONV1D_LEAVES:
             return False
         model_type = self.base.config_word("model_type")
@@ -318,6 +332,17 @@ class _Finder:
         if not fits:
             self._refuse(f"{name}: {shape} does not fit the base's {home} {stored}")
         return fits
+
+
+def _in_shape(delta: LayerDelta, stored: tuple[int, ...]) -> LayerDelta:
+    """Return the delta in the shape the base stores, where it can be written so row for row."""
+    if delta.weight_shape == stored or delta.stored_transposed:
+        return delta
+    try:
+        return delta.reshaped(stored)
+    except UnsupportedError:
+        # The comparison of shapes that follows says what does not fit, or finds it transposed.
+        return delta
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -552,6 +552,14 @@ def test_demo_into_a_file(run: Run, here: Path) -> None:
     assert run("demo", "-o", "file").code == 1
 
 
+def test_demo_over_an_earlier_demo(run: Run, here: Path) -> None:
+    assert run("demo", "-o", "kept").code == 0
+    assert run("demo", "-o", "kept").code == 1
+    before = tree(here / "kept")
+    assert run("demo", "-o", "kept", "--overwrite").code == 0
+    assert tree(here / "kept") == before
+
+
 def test_demo_spares_a_model_that_is_not_its_own(run: Run, here: Path, damaged: Damage) -> None:
     damaged(lambda tensors: tensors["lm_head.weight"].zero_(), "base/model.safetensors")
     before = tree(here / "base")

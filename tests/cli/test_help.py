@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from glob import glob
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def test_examples_run(named_as_in_examples: Path, run: Run, name: str, line: str
     words = [
         found
         for word in shlex.split(line.partition("|")[0])[1:]
-        for found in (sorted(glob(word)) if "*" in word else [word])
+        for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
     ]
     if name == "diff" and "style-diffusers.safetensors" in words:
         files = ("style.safetensors", "-o", "style-diffusers.safetensors")

@@ -281,3 +281,64 @@ def test_taken_out_again(flux: Path, tmp_path: Path) -> None:
     merge_into_base(flux, tmp_path / "a.safetensors", tmp_path / "out")
     unmerge_from_base(tmp_path / "out", tmp_path / "a.safetensors", tmp_path / "back", base=flux)
     assert_changed_by(tensors_of(tmp_path / "back"), tensors_of(flux), {})
+
+
+Made = tuple[Tensors, dict[str, Tensor]]
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return a random tensor."""
+    return torch.randn(shape, generator=generator)
+
+
+def lokr(generator: torch.Generator) -> Made:
+    """Return a LoKr of a (32, 32) weight, and its changes by parameter."""
+    w1, a, b = normal(generator, 4, 4), normal(generator, 8, 2), normal(generator, 2, 8)
+    stored = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(1.0)}
+    return stored, {"weight": torch.kron(w1.double(), a.double() @ b.double()) / 2}
+
+
+def loha_conv(generator: torch.Generator) -> Made:
+    """Return a LoHa of a (32, 32, 3, 3) convolution, and its change."""
+    stored = {
+        "hada_w1_a": normal(generator, 32, 2),
+        "hada_w1_b": normal(generator, 2, 288),
+        "hada_w2_a": normal(generator, 32, 2),
+        "hada_w2_b": normal(generator, 2, 288),
+    }
+    one, two = (stored[f"hada_w{n}_a"].double() @ stored[f"hada_w{n}_b"].double() for n in (1, 2))
+    stored["alpha"] = torch.tensor(2.0)
+    return stored, {"weight": (one * two).reshape(32, 32, 3, 3)}
+
+
+def full(generator: torch.Generator) -> Made:
+    """Return a full difference of a (32, 768) weight."""
+    diff = normal(generator, 32, 768)
+    return {"diff": diff}, {"weight": diff.double()}
+
+
+def bias_alone(generator: torch.Generator) -> Made:
+    """Return a difference of a bias of 32, without one of its weight."""
+    diff = normal(generator, 32)
+    return {"diff_b": diff}, {"bias": diff.double()}
+
+
+def test_other_parameterisations(sd1: Path, tmp_path: Path) -> None:
+    """LoKr, LoHa on a convolution, full differences and biases, in a pipeline's U-Net."""
+    generator = torch.Generator().manual_seed(5)
+    block = "down_blocks.1.attentions.0.transformer_blocks.0."
+    modules = {
+        f"{block}attn1.to_q": lokr,
+        "mid_block.resnets.0.conv1": loha_conv,
+        f"{block}attn2.to_v": full,
+        f"{block}attn1.to_out.0": bias_alone,
+    }
+    tensors, expected = {}, {}
+    for module, make in modules.items():
+        stored, changes = make(generator)
+        flat = "lora_unet_" + module.replace(".", "_")
+        tensors |= {f"{flat}.{name}": tensor for name, tensor in stored.items()}
+        expected |= {f"{module}.{name}": change for name, change in changes.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    merge_into_base(sd1, tmp_path / "a.safetensors", tmp_path / "out")
+    assert_changed_by(tensors_of(tmp_path / "out" / "unet"), tensors_of(sd1 / "unet"), expected)
