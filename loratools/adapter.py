@@ -59,7 +59,7 @@ class Adapter:
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key under which ``layers.2`` comes before ``layers.10``."""
     parts = re.split(r"(\d+)", name)
-    return tuple((1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts)
+    return tuple((1, int(p), "") if p.isdecimal() else (0, 0, p) for p in parts)
 
 
 def in_natural_order(items: Mapping[str, LayerDelta]) -> dict[str, LayerDelta]:

@@ -15,6 +15,7 @@ from loratools.adapter_io import find_weights
 from loratools.basemodel import BaseModel, Pipeline, is_pipeline, open_base, open_pipeline
 from loratools.compute import Compute, resolve_compute
 from loratools.deltas import Replacement
+from loratools.planning.block_shares import share_by_block
 from loratools.planning.merge_plan import (
     AdapterInput,
     LoadedAdapter,
@@ -48,6 +49,7 @@ def merge_into_base(
     dtype: str = "keep",
     device: str = "cpu",
     arch: str | None = None,
+    block_strengths: str | None = None,
     residual_base: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -66,6 +68,8 @@ def merge_into_base(
         dtype: ``keep``, ``fp32``, ``bf16`` or ``fp16`` for every float tensor of the output.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``.
         arch: the adapters' architecture, where the files do not tell.
+        block_strengths: 12, 17, 20 or 26 numbers for Stable Diffusion's blocks, or
+            ``PATTERN=NUMBER`` pairs, separated by commas; they multiply the strengths.
         residual_base: the base already lacks what PiSSA, OLoRA ... took out of it.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -83,11 +87,12 @@ def merge_into_base(
     opened = open_pipeline(root) if is_pipeline(root) else open_base(root)
     loaded = load_adapters(adapters)
     plan = partial(plan_merge, dtype=dtype, residual_base=residual_base, arch=arch)
+    shares = share_by_block(loaded, block_strengths, arch) if block_strengths else loaded
     if isinstance(opened, Pipeline):
-        plans = plan_pipeline(opened, loaded, plan, arch)
+        plans = plan_pipeline(opened, shares, plan, arch)
         job = _Job(root, plans, loaded, opened.files, opened.other_files)
     else:
-        job = _Job(root, {"": plan(opened, loaded)}, loaded, opened.files)
+        job = _Job(root, {"": plan(opened, shares)}, loaded, opened.files)
     results = _write(job, Path(output), compute, overwrite, dry_run, progress)
     return _report("merge", job, results, None if dry_run else str(output))
 

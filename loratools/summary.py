@@ -175,8 +175,8 @@ def _leaf(path: str) -> str:
 
 
 def _histogram(values: Iterator[Json]) -> dict[str, int]:
-    counts = Counter(value for value in values if value is not None)
-    return {f"{value:g}": count for value, count in sorted(counts.items())}
+    # Alphas that differ in the last place print alike and count as one.
+    return dict(Counter(f"{value:g}" for value in sorted(v for v in values if v is not None)))
 
 
 def _layer_item(name: str, delta: LayerDelta) -> dict[str, Json]:

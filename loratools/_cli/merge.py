@@ -37,6 +37,11 @@ from loratools._cli.startup import import_torch
 @DEVICE
 @ARCH
 @click.option(
+    "--block-strengths",
+    metavar="LIST",
+    help="Strengths by block: 12, 17, 20 or 26 numbers (SD), or PATTERN=NUMBER,...",
+)
+@click.option(
     "--residual-base",
     is_flag=True,
     help="BASE already lacks what PiSSA, OLoRA, CorDA ... took out of it.",

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from loratools.adapter import Adapter, Extra, in_natural_order
-from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, Replacement, RowReplacement
+from loratools.deltas import (
+    DoRA,
+    ExpertLoRA,
+    LayerDelta,
+    LoRA,
+    MovedBase,
+    Replacement,
+    RowReplacement,
+)
 from loratools.deltas.lora import Role
 from loratools.errors import MalformedAdapterError
 from loratools.formats.detection import matcher
@@ -171,14 +179,10 @@ def _on_top(table: Extra, rows: RowReplacement) -> Replacement:
 def _indices(key: Key, bundle: Bundle, config: PeftConfig) -> tuple[int, ...]:
     configured = config.fields.get("trainable_token_indices") or config.fields.get("token_indices")
     if isinstance(configured, Mapping):
-        configured = next(
-            (
-                indices
-                for name, indices in configured.items()
-                if key.target == name or key.target.endswith("." + name)
-            ),
-            None,
+        fitting = (
+            indices for name, indices in configured.items() if key.target.endswith("." + name)
         )
+        configured = configured.get(key.target) or next(fitting, None)
     rows = bundle.tensors[key.raw].shape[0]
     if not isinstance(configured, list) or len(configured) != rows:
         found = "none" if configured is None else len(configured)
@@ -203,7 +207,9 @@ FORMAT = Format(
     name="peft",
     title="PEFT (adapter_config.json and weights)",
     spec="https://huggingface.co/docs/peft/developer_guides/checkpoint",
-    holds=frozenset({LoRA.kind, DoRA.kind, ExpertLoRA.kind, Replacement.kind, RowReplacement.kind}),
+    holds=frozenset(
+        delta.kind for delta in (LoRA, DoRA, ExpertLoRA, MovedBase, Replacement, RowReplacement)
+    ),
     matches=matcher("peft"),
     read=read,
     write=write,

@@ -6,6 +6,7 @@ Source: peft 0.21 ``tuners/lora/config.py`` and ``utils/other.py`` (pattern matc
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +89,20 @@ class PeftConfig:
         return int(self._number("r", value))
 
     def scale(self, module: str, stored_rank: int | None = None) -> float:
-        """Return alpha/r or alpha/√r (rank-stabilised) of a module, in PEFT's way.
+        """Return alpha/r or alpha/√r (rank-stabilised) of a module, in PEFT's way."""
+        alpha, divisor = self._scaling(module, stored_rank)
+        return alpha / divisor
+
+    def alpha(self, module: str, stored_rank: int) -> float:
+        """Return the alpha that gives the module's scale with the rank of its tensors.
+
+        Where that is the configured alpha, it is returned as it is: alpha / r · r may differ.
+        """
+        alpha, divisor = self._scaling(module, stored_rank)
+        return alpha if divisor == stored_rank else alpha / divisor * stored_rank
+
+    def _scaling(self, module: str, stored_rank: int | None) -> tuple[float, float]:
+        """Return alpha and what it is divided by.
 
         PEFT sorts the patterns when it saves them, so that the first match may be another than
         it was in training. Where ``stored_rank`` contradicts the first match and agrees with a
@@ -104,7 +118,7 @@ class PeftConfig:
         rank = self.rank(module) if row is None or stored_rank is None else stored_rank
         if rank <= 0:
             raise MalformedAdapterError(f"{self.source}: rank {rank} for {module} in {CONFIG_NAME}")
-        return alpha / (rank**0.5 if self.flag("use_rslora") else rank)
+        return alpha, (rank**0.5 if self.flag("use_rslora") else rank)
 
     def parameters(self, module: str) -> list[str]:
         """Return which parameters of a module ``target_parameters`` names, inner wrapper first.
@@ -155,11 +169,14 @@ class PeftConfig:
         for pattern, value in patterns.items():
             if pattern_matches(pattern, module, f"{self.source}: {field}"):
                 return value
-        return default
+        # As in PEFT, a name that matches no pattern, not even itself, may still be a key.
+        return patterns.get(module, default)
 
     def _number(self, field: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise MalformedAdapterError(f"{self.source}: {field} is {value!r}, not a number")
+        if not math.isfinite(value):
+            raise MalformedAdapterError(f"{self.source}: {field} is {value}")
         return float(value)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, MovedBase
 from loratools.deltas.lora import Role
-from loratools.errors import MalformedAdapterError
+from loratools.errors import MalformedAdapterError, UnsupportedError
 from loratools.formats.peft_config import PeftConfig
 
 _HUSK_HINT = (
@@ -46,7 +46,7 @@ def build_layer(module: ModuleTensors, role: Role, reading: Reading) -> LayerDel
     _check_shapes(module, reading.config)
     lora = _plain_lora(module, role, reading)
     if "magnitude" in module.tensors:
-        return DoRA(lora, _magnitude(module, lora))
+        return _dora(module, lora, reading.config)
     return _with_start(lora, module, reading.config)
 
 
@@ -70,7 +70,7 @@ def build_parameter(module: ModuleTensors, reading: Reading) -> LayerDelta:
     return ExpertLoRA(
         down.reshape(experts, rank, -1),
         up.reshape(up.shape[0], rank, experts).permute(2, 0, 1),
-        reading.config.scale(module.path) * rank,
+        reading.config.alpha(module.path, rank),
         flipped_if_square=reading.config.swaps_parameter_axes,
     )
 
@@ -111,15 +111,17 @@ def _plain_lora(module: ModuleTensors, role: Role, reading: Reading) -> LoRA:
             f"{tuple(module.tensors['down'].shape)} and {module.raw['up']} is "
             f"{tuple(module.tensors['up'].shape)}"
         )
-    _note_other_rank(module.path, rank, reading)
-    scale = reading.config.scale(module.path, rank)
+    # PEFT configures an nn.MultiheadAttention as one module, out_proj included.
+    configured = module.path.removesuffix(".base_layer.out_proj")
+    _note_other_rank(configured, rank, reading)
+    alpha = reading.config.alpha(configured, rank)
     if role == "attention_out":
-        scale *= _ATTENTION_OUT_FACTOR
+        alpha *= _ATTENTION_OUT_FACTOR
         reading.notes.append(
             f"{module.path.replace('.base_layer.', '.')}: its change counts twice, as in PEFT's "
             "own forward pass and merge of nn.MultiheadAttention"
         )
-    return LoRA(down, up, scale * rank, module.tensors.get("bias"), role)
+    return LoRA(down, up, alpha, module.tensors.get("bias"), role)
 
 
 def _note_other_rank(path: str, rank: int, reading: Reading) -> None:
@@ -169,6 +171,16 @@ def _on_diagonal(factor: Tensor, count: int) -> Tensor:
     return blocks
 
 
+def _dora(module: ModuleTensors, lora: LoRA, config: PeftConfig) -> DoRA:
+    if config.start is not None and _moves(lora):
+        raise UnsupportedError(
+            f"{config.source}: {module.path} is a DoRA whose initialisation ({config.start}) moved "
+            "the base, which is not supported",
+            hint="merge it with PEFT",
+        )
+    return DoRA(lora, _magnitude(module, lora))
+
+
 def _magnitude(module: ModuleTensors, lora: LoRA) -> Tensor:
     magnitude = module.tensors["magnitude"].flatten()
     if magnitude.shape[0] != lora.weight_shape[0]:
@@ -182,7 +194,11 @@ def _magnitude(module: ModuleTensors, lora: LoRA) -> Tensor:
 def _with_start(lora: LoRA, module: ModuleTensors, config: PeftConfig) -> LayerDelta:
     if "diagonal" in module.tensors:
         return MovedBase(lora, "kasa")
-    # PEFT moves the base of linear layers only.
-    if config.start is None or lora.role != "linear" or len(lora.weight_shape) != 2:
+    if config.start is None or not _moves(lora):
         return lora
     return MovedBase(lora, config.start)
+
+
+def _moves(lora: LoRA) -> bool:
+    """Say whether an initialisation may move the weight: PEFT does so in linear layers only."""
+    return lora.role == "linear" and len(lora.weight_shape) == 2

@@ -7,18 +7,33 @@ refuse fields they do not know.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loratools.adapter import Adapter, Extra
-from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, MovedBase, RowReplacement
-from loratools.errors import UnsupportedError
+from loratools.deltas import (
+    DoRA,
+    ExpertLoRA,
+    LayerDelta,
+    LoRA,
+    MovedBase,
+    Replacement,
+    RowReplacement,
+)
+from loratools.errors import MalformedAdapterError, UnsupportedError
 from loratools.formats.format import Bundle
-from loratools.formats.peft_config import CONFIG_NAME, PARAMETER_ORDER, pattern_matches
+from loratools.formats.peft_config import (
+    CONFIG_NAME,
+    PARAMETER_ORDER,
+    PeftConfig,
+    pattern_matches,
+)
 
 _PREFIX = "base_model.model."
 # peft 0.21 writes the fields used here; older readers ignore or do not meet them.
@@ -43,6 +58,7 @@ _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 def write(adapter: Adapter) -> Bundle:
     """Write the adapter as PEFT tensors and config; raises UnsupportedError for other kinds."""
+    _check_uniform(adapter)
     tensors: dict[str, Tensor] = {}
     for path, delta in adapter.layers.items():
         pieces = (
@@ -83,6 +99,9 @@ def _expert_tensors(path: str, delta: ExpertLoRA, adapter: Adapter) -> Iterator[
     later = PARAMETER_ORDER[PARAMETER_ORDER.index(name) + 1 :] if name in PARAMETER_ORDER else ()
     depth = sum(f"{owner}.{other}" in adapter.layers for other in later)
     module = owner + ".base_layer" * depth
+    if delta.flipped_if_square and delta.weight_shape[1] == delta.weight_shape[2]:
+        # Old files run lora_A over the other axis, which the version written here does not.
+        delta = replace(delta, down=delta.up.mT, up=delta.down.mT, flipped_if_square=False)
     experts, out, _ = delta.weight_shape
     yield f"{module}.lora_A.weight", delta.down.reshape(experts * delta.rank, -1)
     yield f"{module}.lora_B.weight", delta.up.permute(1, 2, 0).reshape(out, -1)
@@ -127,17 +146,94 @@ def _extra_tensor(name: str, extra: Extra, adapter: Adapter) -> tuple[str, Tenso
     return name, extra.value
 
 
+def _check_uniform(adapter: Adapter) -> None:
+    """Refuse layers that one config cannot speak for.
+
+    Raises UnsupportedError for DoRA beside other layers, and for several initialisations.
+    """
+    kinds = {delta.kind for delta in adapter.layers.values()}
+    if DoRA.kind in kinds and len(kinds) > 1:
+        raise UnsupportedError(
+            f"PEFT has DoRA in all layers or in none; these are {', '.join(sorted(kinds))}",
+            hint="merge it, or write the layers of each kind apart",
+        )
+    for path, delta in adapter.layers.items():
+        if isinstance(delta, MovedBase) and not _may_move(delta.lora):
+            raise UnsupportedError(
+                f"{path}: PEFT moves the base ({delta.start}) in linear layers only",
+                hint="merge it instead",
+            )
+    if len(starts := _starts(adapter)) > 1:
+        words = ", ".join(sorted(str(start) for start in starts))
+        raise UnsupportedError(
+            f"PEFT has one initialisation for all linear layers, and this adapter has: {words}",
+            hint="merge it, or write the layers of each apart",
+        )
+
+
+def _may_move(lora: LoRA) -> bool:
+    return lora.role == "linear" and len(lora.weight_shape) == 2
+
+
+def _starts(adapter: Adapter) -> set[str | None]:
+    """Return the initialisations of the layers that one could move, None for the plain ones."""
+    plain = {
+        None for delta in adapter.layers.values() if isinstance(delta, LoRA) and _may_move(delta)
+    }
+    moved = {delta.start for delta in adapter.layers.values() if isinstance(delta, MovedBase)}
+    return plain | moved
+
+
+def _start(adapter: Adapter) -> str | None:
+    return next(iter(_starts(adapter)), None)
+
+
+def _announced(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the words that full tensors and rows need: PEFT adds or finds nothing without them."""
+    said = PeftConfig(config, "")
+    new = [
+        name.rpartition(".")[0]
+        for name, extra in adapter.extras.items()
+        if isinstance(extra, Replacement) and extra.expected and not said.saves_module(name)
+    ]
+    words: dict[str, Any] = {}
+    if new:
+        words["modules_to_save"] = [*(config.get("modules_to_save") or []), *dict.fromkeys(new)]
+    tables = {
+        name.rpartition(".")[0]: list(extra.indices)
+        for name, extra in adapter.extras.items()
+        if isinstance(extra, RowReplacement)
+    }
+    field = "trainable_token_indices" if adapter.layers else "token_indices"
+    if tables and [config.get(field)] != list(tables.values()):
+        words["trainable_token_indices"] = tables
+    return words
+
+
+def _without_layers(adapter: Adapter) -> dict[str, Any]:
+    """Return the words for an adapter of replaced rows alone, or of full tensors too."""
+    tables = [e for e in adapter.extras.values() if isinstance(e, RowReplacement)]
+    if len(tables) == len(adapter.extras) and len({table.indices for table in tables}) == 1:
+        modules = sorted(name.rpartition(".")[0] for name in adapter.extras)
+        indices = list(tables[0].indices)
+        words = {"target_modules": modules, "token_indices": indices}
+        return {**words, "peft_type": "TRAINABLE_TOKENS", "trainable_token_indices": None}
+    return {"peft_type": "LORA", "target_modules": []}
+
+
 def _config(adapter: Adapter) -> dict[str, Any]:
     read = json.loads(adapter.metadata.get(CONFIG_NAME, "{}"))
     said = {name: read[name] for name in _CARRIED if name in read}
     config = {name: value for name, value in said.items() if value not in _CARRIED[name]}
     config["peft_version"] = _PEFT_VERSION
+    config |= _announced(adapter, config)
     if not adapter.layers:
-        return {**config, "peft_type": str(read.get("peft_type", "TRAINABLE_TOKENS"))}
+        config |= _without_layers(adapter)
+        return {name: value for name, value in config.items() if value is not None}
     stacks = {p: delta for p, delta in adapter.layers.items() if isinstance(delta, ExpertLoRA)}
     loras = {p: _inner_lora(p, delta) for p, delta in adapter.layers.items() if p not in stacks}
-    ranks = {path: lora.rank for path, lora in (loras | stacks).items()}
-    alphas = {path: _stored_alpha(lora) for path, lora in (loras | stacks).items()}
+    ranks = _by_module(loras, lambda lora: lora.rank) | {p: d.rank for p, d in stacks.items()}
+    alphas = _by_module(loras, _stored_alpha) | {p: _stored_alpha(d) for p, d in stacks.items()}
     # A 2-D parameter that is no Linear's own (a router) is named as a parameter again.
     named = [str(entry) for entry in read.get("target_parameters") or []]
     parameters = [p for p in loras if any(f".{p}.weight".endswith(f".{n}") for n in named)]
@@ -153,9 +249,11 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         config["target_parameters"] = sorted([*stacks, *(f"{path}.weight" for path in parameters)])
     if any(isinstance(delta, DoRA) for delta in adapter.layers.values()):
         config["use_dora"] = True
-    starts = {delta.start for delta in adapter.layers.values() if isinstance(delta, MovedBase)}
-    if starts - {"kasa"}:
-        config["init_lora_weights"] = min(starts - {"kasa"})
+    start = _start(adapter)
+    if start == "kasa":
+        config.setdefault("kasa_config", {"beta": 1e-4, "gamma": 1e-3})
+    elif start:
+        config["init_lora_weights"] = start
     if any(lora.bias is not None for lora in loras.values()):
         config["lora_bias"] = True
     return config
@@ -171,21 +269,44 @@ def _usual(values: Mapping[str, float]) -> float:
     return Counter(values.values()).most_common(1)[0][0]
 
 
+def _by_module(loras: Mapping[str, LoRA], value: Callable[[LoRA], float]) -> dict[str, float]:
+    """Return a value for every module that PEFT configures, attention's two layers as one."""
+    values: dict[str, float] = {}
+    for path, lora in loras.items():
+        module = path.removesuffix(".out_proj") if lora.role == "attention_out" else path
+        if values.setdefault(module, value(lora)) != value(lora):
+            raise UnsupportedError(
+                f"{module}: its two layers have different ranks or alphas, and PEFT has one word "
+                "for both",
+                hint="merge it instead",
+            )
+    return values
+
+
 def _pattern(name: str, values: Mapping[str, float], usual: float) -> dict[str, Any]:
     """Return the pattern field, or nothing where every module has the usual value.
 
-    A full path used as a pattern also selects any longer path that ends in it, so longer paths
-    come first, and a module that a shorter one would catch gets a row of its own.
+    A path used as a pattern also selects longer paths that end in it, and its characters may mean
+    something else in a regular expression; then all rows are anchored and escaped instead. The
+    rows are sorted, as PEFT sorts them when it saves.
     """
-    odd = {path: value for path, value in values.items() if value != usual}
-    caught = {
-        path: value
-        for path, value in values.items()
-        if path not in odd and any(pattern_matches(key, path, name) for key in odd)
-    }
-    rows = {**odd, **caught}
-    ordered = sorted(rows, key=lambda path: (-len(path), path))
-    return {name: {path: rows[path] for path in ordered}} if rows else {}
+    rows = {path: value for path, value in sorted(values.items()) if value != usual}
+    if not rows:
+        return {}
+    if not _says(rows, values, usual, name):
+        rows = {f"^{re.escape(path)}": value for path, value in rows.items()}
+    return {name: rows}
+
+
+def _says(rows: Mapping[str, float], values: Mapping[str, float], usual: float, name: str) -> bool:
+    """Return whether PEFT finds every module's value in the rows, first match first."""
+    try:
+        return all(
+            next((rows[row] for row in rows if pattern_matches(row, path, name)), usual) == value
+            for path, value in values.items()
+        )
+    except MalformedAdapterError:
+        return False
 
 
 def _targets(loras: Mapping[str, LoRA], read: Mapping[str, Any]) -> list[str]:

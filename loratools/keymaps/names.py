@@ -39,9 +39,9 @@ class NameIndex:
                 continue
             owner = parameter.removesuffix(memory)
             names = [[owner + d.format(e=expert) for d in disk] for expert in range(count)]
-            found = [[home for name in row for home in self.find(name)[:1]] for row in names]
-            if all(len(row) == len(disk) for row in found):
-                return found
+            found = [[self.find(name) for name in row] for row in names]
+            if all(len(homes) == 1 for row in found for homes in row):
+                return [[home for (home,) in row] for row in found]
         return []
 
     def nearest(self, name: str) -> list[str]:

@@ -22,9 +22,10 @@ import pytest
 
 from loratools import cli
 from loratools.demo import make_adapter, make_base
+from loratools.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [name for name, _ in cli.COMMANDS]
 HOME = "/home/me"
 """What the pages call the working directory."""
@@ -138,6 +139,16 @@ def test_the_options_are_those_of_the_command(name: str) -> None:
     for option in options:
         if isinstance(option.type, click.Choice):
             assert all(f"`{choice}`" in section for choice in option.type.choices)
+
+
+def test_the_formats_are_those_of_the_table() -> None:
+    """``| name | read | write | ...``, in the README's table."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \| (yes|no) \| (yes|no) \|", text, re.MULTILINE)
+    expected = [
+        (row.name, "yes", "no" if row.title.endswith("read only") else "yes") for row in FORMATS
+    ]
+    assert rows == expected
 
 
 @pytest.mark.parametrize(

@@ -342,3 +342,22 @@ def test_other_parameterisations(sd1: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     merge_into_base(sd1, tmp_path / "a.safetensors", tmp_path / "out")
     assert_changed_by(tensors_of(tmp_path / "out" / "unet"), tensors_of(sd1 / "unet"), expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [",".join(["0.5", *["1"] * 4, "2", *["1"] * 7, "0", *["1"] * 12]), "text_model=0.5,mid=0,.=2"],
+    ids=["list", "patterns"],
+)
+def test_block_strengths(sd1: Path, tmp_path: Path, text: str) -> None:
+    """Text encoder at half, IN04 (down_blocks.1.attentions.0) doubled, middle block left out."""
+    deltas = sd1_adapter(tmp_path / "a.safetensors")
+    out = tmp_path / "out"
+    merge_into_base(sd1, tmp_path / "a.safetensors", out, block_strengths=text)
+    to_k = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    doubled = {to_k: 2 * deltas[SD1_UNET]}
+    assert_changed_by(tensors_of(out / "unet"), tensors_of(sd1 / "unet"), doubled)
+    text_base = tensors_of(sd1 / "text_encoder")
+    name = next(name for name in text_base if name.endswith("layers.1.mlp.fc1.weight"))
+    halved = {name: deltas[SD1_TEXT] / 2}
+    assert_changed_by(tensors_of(out / "text_encoder"), text_base, halved)
