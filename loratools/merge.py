@@ -41,7 +41,7 @@ from loratools.tensorfiles.atomic import require_space
 from loratools.tensorfiles.destination import check_destination
 
 
-def merge_into_base(
+def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the command
     base: PathLike,
     adapters: AdapterInput | Sequence[AdapterInput],
     output: PathLike,

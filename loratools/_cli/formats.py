@@ -11,7 +11,7 @@ from loratools.report import Json, Report
 
 _IMAGES = ("lora", "dora", "loha", "lokr", "tucker", "oft", "boft", "glora", "full")
 KINDS: dict[str, tuple[str, ...]] = {
-    "peft": ("lora", "dora", "expert_lora", "rows", "replacement"),
+    "peft": ("lora", "dora", "moved_base", "expert_lora", "rows", "replacement"),
     "kohya": (*_IMAGES, "ia3", "sparse", "sum", "replacement"),
     "comfyui": (*_IMAGES, "sum", "replacement"),
     "diffusers": ("lora", "dora", "replacement"),

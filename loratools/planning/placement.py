@@ -362,12 +362,12 @@ def _mismatch(delta: LayerDelta, name: str, stored: tuple[int, ...]) -> str:
 
 def _listing(finder: _Finder, names: Sequence[str]) -> str:
     """Return a paragraph for each adapter that does not fit, and a line for each reason."""
-    reasons: dict[int, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
     for problem in finder.problems:
-        reasons.setdefault(problem.adapter, []).append(problem.reason)
+        name = names[problem.adapter] if names else f"adapter {problem.adapter + 1}"
+        reasons.setdefault(name, []).append(problem.reason)
     lines = []
-    for position, found in reasons.items():
-        name = names[position] if names else f"adapter {position + 1}"
+    for name, found in reasons.items():
         count = "tensor does" if len(found) == 1 else "tensors do"
         lines.append(f"{name} onto {finder.base.path}: {len(found)} adapter {count} not fit")
         lines += [f"  {reason}" for reason in found[:_SHOWN]]
