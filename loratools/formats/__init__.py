@@ -17,52 +17,81 @@ if TYPE_CHECKING:
     from loratools.formats.format import Format, Listing
 
 
+_IMAGES = ("lora", "dora", "loha", "lokr", "tucker", "oft", "boft", "glora", "full")
+
+
 @dataclass(frozen=True, slots=True)
 class FormatRow:
-    """What the command line says of a format without importing it."""
+    """What the command line says of a format without importing it.
+
+    Attributes:
+        name: the word for ``--to``.
+        title: one line for people.
+        module: where ``FORMAT`` is.
+        kinds: what the record ``holds``; a test compares the two.
+        writes: whether files are written too.
+    """
 
     name: str
     title: str
     module: str
+    kinds: tuple[str, ...]
+    writes: bool = True
 
 
 FORMATS: tuple[FormatRow, ...] = (
-    FormatRow("peft", "PEFT (adapter_config.json and weights)", "loratools.formats.peft"),
+    FormatRow(
+        "peft",
+        "PEFT (adapter_config.json and weights)",
+        "loratools.formats.peft",
+        ("lora", "dora", "moved_base", "expert_lora", "rows", "replacement"),
+    ),
     FormatRow(
         "kohya",
         "kohya (sd-scripts, LyCORIS, OneTrainer, musubi-tuner)",
         "loratools.formats.kohya",
+        (*_IMAGES, "ia3", "sparse", "sum", "replacement"),
     ),
     FormatRow(
         "comfyui",
         "ComfyUI (original names; ai-toolkit, diffusion-pipe)",
         "loratools.formats.comfyui",
+        (*_IMAGES, "sum", "replacement"),
     ),
     FormatRow(
         "diffusers",
         "diffusers (pytorch_lora_weights.safetensors)",
         "loratools.formats.diffusers",
+        ("lora", "dora", "replacement"),
     ),
     FormatRow(
         "diffusers-old",
-        "diffusers of 2023 (attention processors), read only",
+        "diffusers of 2023 (attention processors)",
         "loratools.formats.diffusers_old",
+        ("lora",),
+        writes=False,
     ),
-    FormatRow("xlabs", "XLabs (FLUX), read only", "loratools.formats.xlabs"),
+    FormatRow("xlabs", "XLabs (FLUX)", "loratools.formats.xlabs", ("lora",), writes=False),
     FormatRow(
         "bfl-control",
-        "Black Forest Labs' Control LoRA (FLUX), read only",
+        "Black Forest Labs' Control LoRA (FLUX)",
         "loratools.formats.bfl_control",
+        ("lora", "replacement"),
+        writes=False,
     ),
     FormatRow(
         "peft-dump",
-        "PEFT state dict without a config, or bare names, read only",
+        "PEFT state dict without a config, or bare names",
         "loratools.formats.peft_dump",
+        ("lora", "dora", "loha", "lokr"),
+        writes=False,
     ),
     FormatRow(
         "cloneofsimo",
-        "cloneofsimo's numbered layers (Stable Diffusion 1 and 2), read only",
+        "cloneofsimo's numbered layers (Stable Diffusion 1 and 2)",
         "loratools.formats.cloneofsimo",
+        ("lora",),
+        writes=False,
     ),
 )
 

@@ -45,7 +45,7 @@ def _split(key: str) -> tuple[str, str] | None:
 
 FORMAT = Format(
     name="bfl-control",
-    title="Black Forest Labs' Control LoRA (FLUX), read only",
+    title="Black Forest Labs' Control LoRA (FLUX)",
     spec="https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/lora.py",
     holds=frozenset({LoRA.kind, Replacement.kind}),
     matches=matcher("bfl-control"),

@@ -117,7 +117,7 @@ def _named_text(deltas: list[LayerDelta], source: str) -> dict[str, LayerDelta]:
 
 FORMAT = Format(
     name="cloneofsimo",
-    title="cloneofsimo's numbered layers (Stable Diffusion 1 and 2), read only",
+    title="cloneofsimo's numbered layers (Stable Diffusion 1 and 2)",
     spec="https://github.com/cloneofsimo/lora/blob/master/lora_diffusion/lora.py",
     holds=frozenset({LoRA.kind}),
     matches=matcher("cloneofsimo"),

@@ -50,7 +50,7 @@ def _naming(bundle: Bundle) -> str:
 
 FORMAT = Format(
     name="diffusers-old",
-    title="diffusers of 2023 (attention processors), read only",
+    title="diffusers of 2023 (attention processors)",
     spec="https://github.com/huggingface/diffusers/blob/main/src/diffusers/utils/state_dict_utils.py",
     holds=frozenset({LoRA.kind}),
     matches=matcher("diffusers-old"),

@@ -48,7 +48,7 @@ def _unwrapped(module: str) -> str:
 
 FORMAT = Format(
     name="peft-dump",
-    title="PEFT state dict without a config, or bare names, read only",
+    title="PEFT state dict without a config, or bare names",
     spec="https://huggingface.co/docs/peft/developer_guides/checkpoint",
     holds=frozenset({LoRA.kind, DoRA.kind, LoHa.kind, LoKr.kind}),
     matches=matcher("peft-dump"),

@@ -46,7 +46,7 @@ def _split(key: str) -> tuple[str, str] | None:
 
 FORMAT = Format(
     name="xlabs",
-    title="XLabs (FLUX), read only",
+    title="XLabs (FLUX)",
     spec="https://github.com/XLabs-AI/x-flux",
     holds=frozenset({LoRA.kind}),
     matches=matcher("xlabs"),
