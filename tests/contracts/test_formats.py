@@ -312,7 +312,7 @@ def test_nonsense_is_in_no_format(names: list[str]) -> None:
 
 def test_a_file_of_two_formats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that guesses between two formats would read one of them wrongly."""
-    twin = FormatRow("twin", "PEFT again", FORMATS[0].module)
+    twin = FormatRow("twin", "PEFT again", FORMATS[0].module, ())
     monkeypatch.setattr("loratools.formats.FORMATS", (FORMATS[0], twin))
     with pytest.raises(UnknownFormatError, match="several"):
         detect_format(listing_of(CASES[0][1]), "x")
