@@ -16,6 +16,7 @@ from loratools.basemodel import BaseModel, Pipeline, is_pipeline, open_base, ope
 from loratools.compute import Compute, resolve_compute
 from loratools.deltas import Replacement
 from loratools.planning.block_shares import share_by_block
+from loratools.planning.compat import read_all_as_tool
 from loratools.planning.merge_plan import (
     AdapterInput,
     LoadedAdapter,
@@ -50,6 +51,7 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     device: str = "cpu",
     arch: str | None = None,
     block_strengths: str | None = None,
+    compat: str | None = None,
     residual_base: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -70,6 +72,8 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
         arch: the adapters' architecture, where the files do not tell.
         block_strengths: 12, 17, 20 or 26 numbers for Stable Diffusion's blocks, or
             ``PATTERN=NUMBER`` pairs, separated by commas; they multiply the strengths.
+        compat: fold as ``comfyui``, ``lycoris``, ``sd-scripts`` or ``a1111`` does where that is
+            not the formula.
         residual_base: the base already lacks what PiSSA, OLoRA ... took out of it.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -80,14 +84,15 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
         InputError: files that cannot be used (see the subclasses in ``loratools.errors``).
         MatchError: an adapter tensor without a home in the base, or a merge that changes nothing.
         OutputError: the destination is refused.
-        OptionError: an unknown dtype or device, or a strength that is 0 or not finite.
+        OptionError: an unknown dtype, device or tool, or a strength that is 0 or not finite.
     """
     root = Path(base)
     compute = resolve_compute(device)
     opened = open_pipeline(root) if is_pipeline(root) else open_base(root)
     loaded = load_adapters(adapters)
     plan = partial(plan_merge, dtype=dtype, residual_base=residual_base, arch=arch)
-    shares = share_by_block(loaded, block_strengths, arch) if block_strengths else loaded
+    shares = read_all_as_tool(loaded, compat) if compat else loaded
+    shares = share_by_block(shares, block_strengths, arch) if block_strengths else shares
     if isinstance(opened, Pipeline):
         plans = plan_pipeline(opened, shares, plan, arch)
         job = _Job(root, plans, loaded, opened.files, opened.other_files)

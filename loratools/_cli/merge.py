@@ -22,6 +22,9 @@ from loratools._cli.options import (
 from loratools._cli.output import Output
 from loratools._cli.startup import import_torch
 
+COMPAT = ("comfyui", "lycoris", "sd-scripts", "a1111")
+"""The tools of ``loratools.deltas.compat``, which imports torch."""
+
 
 @click.command(
     "merge",
@@ -40,6 +43,11 @@ from loratools._cli.startup import import_torch
     "--block-strengths",
     metavar="LIST",
     help="Strengths by block: 12, 17, 20 or 26 numbers (SD), or PATTERN=NUMBER,...",
+)
+@click.option(
+    "--compat",
+    type=click.Choice(COMPAT),
+    help="Fold as this tool does where that is not the formula.",
 )
 @click.option(
     "--residual-base",

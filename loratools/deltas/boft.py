@@ -6,7 +6,7 @@ transposed as in OFT), and puts them back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -58,9 +58,21 @@ class BOFT(LayerDelta):
     def row_fold(
         self, strength: float, *, transposed: bool = False, device: str | torch.device = "cpu"
     ) -> RowFold:
-        turns = cayley(skew_parts(self.blocks, self.bound)).to(torch.float32).to(device)
+        rotate, lengths = self.rotation(device), self.lengths(device)
+        return RotationFold(rotate, lengths, strength, transposed=transposed)
+
+    def lengths(self, device: str | torch.device) -> Tensor | None:
+        """Return ``rescale`` as (out,) in float32, if there is one."""
+        return None if self.rescale is None else self.rescale.to(device, torch.float32).flatten()
+
+    def rotation(
+        self, device: str | torch.device, share: float = 1.0
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what rotates the rows of a matrix; ``share`` moves each stage from I to R."""
+        stages = cayley(skew_parts(self.blocks, self.bound))
+        unit = torch.eye(stages.shape[-1], dtype=stages.dtype)
+        turns = torch.lerp(unit, stages, share).to(torch.float32).to(device)
         orders = [_butterfly(self.out, self.blocks.shape[2], stage) for stage in range(len(turns))]
-        lengths = None if self.rescale is None else self.rescale.to(device, torch.float32).flatten()
 
         def rotate(matrix: Tensor) -> Tensor:
             for turn, order in zip(turns, orders, strict=True):
@@ -69,7 +81,7 @@ class BOFT(LayerDelta):
                 matrix[order] = torch.bmm(turn, paired).reshape(matrix.shape)
             return matrix
 
-        return RotationFold(rotate, lengths, strength, transposed=transposed)
+        return rotate
 
     def reshaped(self, weight_shape: Sequence[int]) -> BOFT:
         if weight_shape[0] != self.out:

@@ -113,7 +113,7 @@ class DoRA(LayerDelta):
             raise self.refusal(action, "it sets the lengths of columns, which run over all rows")
 
 
-def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+def length_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """Return magnitude / norm; 1 where the norm is 0, so that padded (all-zero) rows stay 0."""
     return torch.where(norm > 0, magnitude / norm, torch.ones_like(norm))
 
@@ -127,9 +127,9 @@ class _RowNormFold(RowFold):
         self.strength = strength
 
     def add_change(self, change: Tensor, weight: Tensor, start: int, *, first: bool) -> None:
-        direction = _direction(self.product, weight, start)
+        direction = add_direction(self.product, weight, start)
         norm = direction.norm(dim=1)
-        gain = _gain(self.magnitude[start : start + len(weight)], norm)
+        gain = length_gain(self.magnitude[start : start + len(weight)], norm)
         moved = direction.mul_(gain[:, None]).sub_(weight).mul_(self.strength)
         accumulate(change, moved, first=first)
 
@@ -146,18 +146,18 @@ class _ColumnFold(RowFold):
         self.squares = torch.zeros(magnitude.shape, dtype=torch.float32, device=magnitude.device)
 
     def measure(self, weight: Tensor, start: int) -> None:
-        columns = _direction(self.product, weight, start).square().sum(dim=0)
+        columns = add_direction(self.product, weight, start).square().sum(dim=0)
         self.squares += columns.reshape(len(self.squares), -1).sum(dim=1)
 
     def add_change(self, change: Tensor, weight: Tensor, start: int, *, first: bool) -> None:
-        gain = _gain(self.magnitude, self.squares.sqrt())
+        gain = length_gain(self.magnitude, self.squares.sqrt())
         width = weight.shape[1] // len(gain)
-        moved = _direction(self.product, weight, start).mul_(gain.repeat_interleave(width))
+        moved = add_direction(self.product, weight, start).mul_(gain.repeat_interleave(width))
         accumulate(change, moved.sub_(weight).mul_(self.strength), first=first)
 
 
-def _direction(product: RowFold, weight: Tensor, start: int) -> Tensor:
-    """Return the block's rows of V = W + ΔW in a new tensor."""
+def add_direction(product: RowFold, weight: Tensor, start: int) -> Tensor:
+    """Return the block's rows of V = W + ΔW in a new tensor; ΔW is a fold's change."""
     direction = torch.empty_like(weight)
     product.add_change(direction, weight, start, first=True)
     return direction.add_(weight)

@@ -35,12 +35,18 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
     if adapter.naming == "transformers" and (_fits_as_it_is(adapter, base) or not _is_image(base)):
         return adapter
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    architecture = find_architecture(arch) if arch else _common(adapter, base, detect_base(shapes))
+    if arch:
+        architecture = find_architecture(arch)
+    else:
+        architecture = common_architecture(adapter, base, detect_base(shapes))
     return translate(adapter, architecture, "checkpoint", shapes=shapes)
 
 
-def _common(adapter: Adapter, base: BaseModel, theirs: Architecture) -> Architecture:
-    """Return the base's architecture if the adapter is for it, by its own words or its names."""
+def common_architecture(adapter: Adapter, base: BaseModel, theirs: Architecture) -> Architecture:
+    """Return the base's architecture if the adapter is for it, by its own words or its names.
+
+    Raises MatchError, naming both, if it is for another.
+    """
     told = told_architectures(adapter.metadata)
     known = vocabulary_of(theirs).resolve(adapter.layers, adapter.naming)
     if all(hit is not None for hit in known.values()) and (not told or theirs in told):
