@@ -54,8 +54,9 @@ types: venv ## check the types of the library
 docs: venv ## check the documentation: links, examples
 	@$(BIN)/python -m pytest tests/docs $(PYTEST_ARGS)
 
-bench: venv ## time merging against PEFT and cp (40 GB of disk; BENCH_ARGS=--skip-8b: 10 GB)
+bench: venv ## time converting, and merging against PEFT and cp (40 GB of disk; BENCH_ARGS=--skip-8b: 10 GB)
 	@$(BIN)/python benchmarks/merge.py $(BENCH_ARGS)
+	@$(BIN)/python benchmarks/convert.py
 
 format: venv ## rewrite the code in the house style
 	@$(BIN)/ruff check --fix --quiet

@@ -13,13 +13,26 @@ from torch import Tensor
 
 from loratools.adapter import Adapter
 from loratools.adapter_io import find_weights, open_adapter, save_adapter
-from loratools.basemodel import open_base
+from loratools.basemodel import BaseModel, open_base
 from loratools.deltas import AdditiveDelta
-from loratools.errors import NonFiniteError, OptionError, UnsupportedError
+from loratools.errors import (
+    MatchError,
+    NonFiniteError,
+    OptionError,
+    UnknownArchitectureError,
+    UnsupportedError,
+)
 from loratools.formats import get_format
 from loratools.formats.format import Format
 from loratools.keymaps.repairs import repair_split_qkv_alpha
-from loratools.keymaps.translate import detect_architecture, translate
+from loratools.keymaps.translate import (
+    detect_architecture,
+    detect_base,
+    find_architecture,
+    translate,
+)
+from loratools.keymaps.vocabulary import vocabulary_of
+from loratools.planning.base_names import common_architecture
 from loratools.planning.merge_plan import check_finite
 from loratools.report import Json, Note, Report
 from loratools.tensorfiles.destination import check_destination
@@ -84,7 +97,9 @@ def convert_adapter(
     target = get_format(to)
     source, loaded = open_adapter(adapter)
     check_finite(loaded, str(adapter))
-    shapes = {name: t.shape for name, t in open_base(base).tensors.items()} if base else None
+    model = open_base(base) if base else None
+    shapes = {name: t.shape for name, t in model.tensors.items()} if model else None
+    arch = _settled(loaded, arch, model)
     prepared = _repaired(loaded, repair, arch)
     done = convert_value(prepared, target, arch=arch, shapes=shapes, allow_loss=allow_loss)
     final = cast_adapter(done.adapter, dtype)
@@ -96,6 +111,39 @@ def convert_adapter(
         save_adapter(final, output, format=to, overwrite=overwrite)
     written = None if dry_run else str(output)
     return _report(str(adapter), written, source, target, loaded, replace(done, adapter=final))
+
+
+def _settled(adapter: Adapter, arch: str | None, base: BaseModel | None) -> str | None:
+    """Return the architecture's id as the user's word or the base tells it, if either does.
+
+    Raises MatchError if the adapter is for another, naming both.
+    """
+    if arch is not None:
+        _check_word(adapter, arch)
+        return arch
+    if base is None:
+        return None
+    try:
+        theirs = detect_base({name: tensor.shape for name, tensor in base.tensors.items()})
+    except UnknownArchitectureError:
+        return None
+    return common_architecture(adapter, base, theirs).id
+
+
+def _check_word(adapter: Adapter, arch: str) -> None:
+    """Raise MatchError if the user's architecture knows none of the modules and another does."""
+    said = find_architecture(arch)
+    words = vocabulary_of(said)
+    if not adapter.layers or any(words.look_up(path) for path in adapter.layers):
+        return
+    try:
+        ours = detect_architecture(adapter)
+    except UnknownArchitectureError:
+        return
+    raise MatchError(
+        f"the adapter is for {ours.title}, and --arch says {said.title}",
+        hint=f"leave --arch out, or say --arch {ours.id}",
+    )
 
 
 def convert_value(

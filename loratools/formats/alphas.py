@@ -32,6 +32,8 @@ COMPONENTS = (
     "text_encoder",
     "text_encoder_2",
     "text_encoder_3",
+    "connectors",
+    "text_conditioner",
 )
 _FLAT = ("lora_alpha", "network_alpha", "alpha")
 _TOLERANCE = 1e-6

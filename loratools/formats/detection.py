@@ -32,7 +32,9 @@ _XLABS = re.compile(r"^(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.proc
 _OLD = re.compile(r"(?:_lora|\.lora|\.lora_linear_layer)\.(?:down|up)\.weight$")
 _BFL_NORM = re.compile(r"^(?:double|single)_blocks\.\d+\..*_norm\.scale$")
 _ORIGINAL = re.compile(r"^(?:diffusion_model|text_encoders)\.")
-_DIFFUSERS = re.compile(r"^(?:transformer(?:_2)?|unet|text_encoder(?:_[23])?)\.")
+_DIFFUSERS = re.compile(
+    r"^(?:transformer(?:_2)?|unet|text_encoder(?:_[23])?|connectors|text_conditioner)\."
+)
 _SURE_DIFFUSERS = re.compile(r"^(?:unet\.|transformer\.(?:single_)?transformer_blocks\.)")
 _VAGUE = frozenset({"ia3_weight", "scale", "dyn_dim", "alpha", "magnitude", "rescale"})
 """Fields whose suffix a base model's tensor may have too."""

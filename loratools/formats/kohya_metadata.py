@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -102,8 +103,8 @@ def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
 def _window(header: bytes, tensors: Mapping[str, Tensor], order: list[str]) -> Iterator[memoryview]:
     """Yield the pieces of header and data that lie in the legacy window."""
     position = 0
-    pieces = (memoryview(header), *(_bytes(tensors[name]) for name in order))
-    for piece in pieces:
+    pieces = (_bytes(tensors[name]) for name in order)
+    for piece in chain([memoryview(header)], pieces):
         start = max(_LEGACY_START - position, 0)
         stop = _LEGACY_START + _LEGACY_SIZE - position
         if stop <= 0:

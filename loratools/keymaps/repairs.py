@@ -7,6 +7,7 @@ from dataclasses import replace
 from loratools.adapter import Adapter
 from loratools.deltas import LoRA
 from loratools.errors import UnsupportedError
+from loratools.keymaps import layout
 from loratools.keymaps.architecture import Architecture, Fused
 from loratools.keymaps.vocabulary import vocabulary_of
 
@@ -29,9 +30,8 @@ def repair_split_qkv_alpha(adapter: Adapter, arch: Architecture) -> Adapter:
         delta = adapter.layers[path]
         if hit is None or not isinstance(hit.row, Fused) or not isinstance(delta, LoRA):
             continue
-        parts = len(hit.row.parts)
-        if delta.rank % parts == 0 and _is_block_diagonal(delta):
-            layers[path] = delta.scaled(float(parts))
+        if _is_block_diagonal(hit.row, delta):
+            layers[path] = delta.scaled(float(len(hit.row.parts)))
             repaired += 1
     if not repaired:
         raise UnsupportedError(
@@ -42,9 +42,13 @@ def repair_split_qkv_alpha(adapter: Adapter, arch: Architecture) -> Adapter:
     return replace(adapter, layers=layers, notes=(*adapter.notes, note))
 
 
-def _is_block_diagonal(delta: LoRA) -> bool:
-    """Return whether some rows of ``up`` use one half of the rank only: a block structure."""
-    up = delta.up.flatten(1)
-    used = (up != 0).any(dim=0)
-    rows = (up != 0).float()
-    return bool(used.all()) and bool((rows.mean(dim=0) < 1).any())
+def _is_block_diagonal(row: Fused, delta: LoRA) -> bool:
+    """Return whether each part's rows use a share of the rank of their own, all shares equal."""
+    parts = len(row.parts)
+    if delta.rank % parts:
+        return False
+    blocks = delta.up.flatten(1).split(layout.split_sizes(row, delta))
+    shares = (delta.rank // parts,) * parts
+    used = [[bool(cell.any()) for cell in block.split(shares, dim=1)] for block in blocks]
+    others = (used[i][j] for i in range(parts) for j in range(parts) if i != j)
+    return any(used[i][i] for i in range(parts)) and not any(others)
