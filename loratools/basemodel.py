@@ -110,6 +110,12 @@ class BaseModel:
                     sizes[tensor.dtype] += elements(tensor.shape)
         return sizes.most_common(1)[0][0] if sizes else "F32"
 
+    def config_words(self, name: str) -> list[Any]:
+        """Return a config value from the top level and from every section that has it."""
+        config = self.config or {}
+        sections = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+        return [part[name] for part in sections if part.get(name) is not None]
+
     def config_word(self, name: str) -> Any:
         """Return a config value, from the top level or the text model's section."""
         config = self.config or {}

@@ -51,6 +51,7 @@ def read(bundle: Bundle) -> Adapter:
     layers = _build_layers(modules, reading)
     extras = _build_extras(keys, bundle, config)
     notes += _left_out(keys)
+    notes += _untargeted(layers, config)
     if not layers and not extras:
         raise MalformedAdapterError(f"{bundle.source}: holds no adapter tensors")
     metadata = {**bundle.metadata, CONFIG_NAME: bundle.sidecars[CONFIG_NAME]}
@@ -138,6 +139,11 @@ def _build_extras(keys: list[Key], bundle: Bundle, config: PeftConfig) -> dict[s
         if key.kind == "tokens":
             tokens.append(key)
         elif key.kind in ("token_base", "base_copy", "bias_copy", "module"):
+            if key.target in extras:
+                raise MalformedAdapterError(
+                    f"{bundle.source}: {key.raw} is a second tensor for {key.target}",
+                    hint="the file mixes several spellings of one tensor; save the adapter again",
+                )
             extras[key.target] = _replacement(key, bundle, config)
     for key in tokens:
         name = f"{key.target}.weight"
@@ -192,6 +198,14 @@ def _indices(key: Key, bundle: Bundle, config: PeftConfig) -> tuple[int, ...]:
     if min(configured, default=0) < 0:
         raise MalformedAdapterError(f"{bundle.source}: negative token index for {key.raw}")
     return tuple(int(i) for i in configured)
+
+
+def _untargeted(layers: Mapping[str, LayerDelta], config: PeftConfig) -> list[str]:
+    strangers = [path for path in layers if not config.targets(path)]
+    return [
+        f"{len(strangers)} modules are not among target_modules, so PEFT would not apply them: "
+        + ", ".join(strangers[:4])
+    ][: len(strangers)]
 
 
 def _left_out(keys: list[Key]) -> list[str]:

@@ -134,6 +134,20 @@ class PeftConfig:
         known = [name for name in PARAMETER_ORDER if name in leaves]
         return [*known, *sorted(leaves - set(known))]
 
+    def targets(self, module: str) -> bool:
+        """Return whether ``target_modules`` selects a module; True where it cannot tell."""
+        words = self.fields.get("target_modules")
+        if isinstance(words, str) and words.lower() != "all-linear":
+            try:
+                return re.fullmatch(words, module) is not None
+            except re.error:
+                return True
+        if not isinstance(words, list) or not words or self.fields.get("target_parameters"):
+            return True
+        # nn.MultiheadAttention is one target with two projections.
+        owner = module.removesuffix(".out_proj")
+        return any(f".{m}".endswith(f".{w}") for w in words for m in (module, owner))
+
     @property
     def swaps_parameter_axes(self) -> bool:
         """Whether lora_A runs over the first axis of a stored expert, as up to PEFT 0.18."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from loratools.keymaps.expert_rows import EXPERTS, INFIXES
-from loratools.keymaps.transformers_rows import PREFIXES
+from loratools.keymaps.transformers_rows import PREFIXES, REWRITES
 from loratools.suggest import nearest
+
+_MANY = 2000
+_NUMBER = re.compile(r"\d+")
 
 
 class NameIndex:
@@ -15,6 +19,7 @@ class NameIndex:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
+        self._tails: dict[int, dict[str, list[str]]] = {}
         self._by_ending: dict[str, list[str]] = defaultdict(list)
         for name in sorted(self.names):
             self._by_ending[_ending(name)].append(name)
@@ -27,7 +32,12 @@ class NameIndex:
         """
         if name in self.names:
             return [name]
-        return self._renamed(name) or self._longer(name) or self._shorter(name)
+        return (
+            self._renamed(name)
+            or self._rewritten(name)
+            or self._longer(name)
+            or self._shorter(name)
+        )
 
     def find_experts(self, parameter: str, count: int) -> list[list[str]]:
         """Return, for each of ``count`` experts, the tensors that hold its rows of a parameter.
@@ -47,7 +57,11 @@ class NameIndex:
     def nearest(self, name: str) -> list[str]:
         """Return names that resemble ``name``, to suggest in an error."""
         same_ending = self._by_ending.get(_ending(name), [])
-        return nearest(name, same_ending or self.names)
+        near = same_ending or sorted(self.names)
+        if len(near) > _MANY:
+            numbers = _NUMBER.findall(name)[:1]
+            near = [other for other in near if _NUMBER.findall(other)[:1] == numbers][:_MANY]
+        return nearest(name, near)
 
     def _renamed(self, name: str) -> list[str]:
         found = {
@@ -65,8 +79,27 @@ class NameIndex:
         }
         return sorted(found & self.names)
 
+    def _rewritten(self, name: str) -> list[str]:
+        """Return the names under the rows of ``REWRITES``, each set applied as a whole."""
+        found = set()
+        for rows in REWRITES:
+            other = name
+            for source, target in rows:
+                other = other.replace(source, target, 1)
+            found |= {other} & self.names
+        return sorted(found)
+
     def _longer(self, name: str) -> list[str]:
-        return [n for n in self._by_ending.get(_ending(name), []) if n.endswith("." + name)]
+        return [n for n in self._by_tail(name.count(".") + 1).get(name, []) if n != name]
+
+    def _by_tail(self, parts: int) -> dict[str, list[str]]:
+        """Return every name by its last ``parts`` parts, made when first asked for."""
+        if parts not in self._tails:
+            found: dict[str, list[str]] = defaultdict(list)
+            for name in sorted(self.names):
+                found[".".join(name.split(".")[-parts:])].append(name)
+            self._tails[parts] = found
+        return self._tails[parts]
 
     def _shorter(self, name: str) -> list[str]:
         parts = name.split(".")

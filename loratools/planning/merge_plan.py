@@ -205,6 +205,11 @@ def _replacement(name: str, placements: Sequence[Placement]) -> Placement | None
                 "it, with different values",
                 hint="merge one of them first, or take the tensor out of the other",
             )
+    if len(found) > 1 and any(placement.strength != 1.0 for placement in found):
+        raise MatchError(
+            f"{name}: several adapters replace it, at strengths other than 1",
+            hint="give them strength 1, or take the tensor out of all but one",
+        )
     return found[0] if found else None
 
 

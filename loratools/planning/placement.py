@@ -27,12 +27,18 @@ from loratools.formats.module_reading import RESHAPE
 from loratools.formats.parameters import is_carried
 from loratools.keymaps.expert_rows import TRANSPOSED_TYPES
 from loratools.keymaps.names import NameIndex
-from loratools.keymaps.transformers_rows import CONV1D_LEAVES, CONV1D_TYPES, TRANSPOSED_PARAMETERS
+from loratools.keymaps.transformers_rows import (
+    CONV1D_LEAVES,
+    CONV1D_TYPES,
+    TIED_BIASES,
+    TRANSPOSED_PARAMETERS,
+)
 
 Part = Literal["weight", "bias"]
 
 _ADDABLE_HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight", "score.weight")
 _SHOWN = 12
+_CLASSES = frozenset({"classifier", "score", "qa_outputs", "lm_head", "embed_tokens", "head"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +108,10 @@ def place_adapters(
     """
     finder = _Finder(base, tied_heads or {}, residual_base)
     for position, (adapter, strength) in enumerate(adapters):
-        finder.add(adapter, strength, position)
+        finder.add_extras(adapter, strength, position)
+    # A table that any adapter resizes is the weight that every LoRA must fit.
+    for position, (adapter, strength) in enumerate(adapters):
+        finder.add_layers(adapter, strength, position)
     if finder.problems:
         raise MatchError(_listing(finder, names), hint=_hint(finder))
     by_tensor: dict[str, list[Placement]] = {}
@@ -139,10 +148,11 @@ class _Finder:
         self.position = 0
         self.notes: list[str] = []
         self.wanted = 0
+        self.brought: Mapping[str, Replacement | RowReplacement] = {}
 
-    def add(self, adapter: Adapter, strength: float, position: int) -> None:
+    def add_extras(self, adapter: Adapter, strength: float, position: int) -> None:
         self.position = position
-        # Extras first: a resized embedding is the weight that its own LoRA must fit.
+        self.brought = adapter.extras
         for name, extra in adapter.extras.items():
             if is_carried(name):
                 self.notes.append(f"left out: {name} is no weight of the model")
@@ -157,6 +167,9 @@ class _Finder:
                 self.placements.append(Placement(home, name, extra, strength, position))
                 if isinstance(extra, Replacement):
                     self.shapes[home] = extra.weight_shape
+
+    def add_layers(self, adapter: Adapter, strength: float, position: int) -> None:
+        self.position = position
         homes: dict[str, str] = {}
         for path, delta in adapter.layers.items():
             for placement in self._layer(path, self._usable(path, delta), strength, position):
@@ -247,10 +260,14 @@ class _Finder:
             if found:
                 self._note_renaming(candidate, found[0])
                 return found[0]
-        near = self.index.nearest(candidates[0])
+        near = self._nearest(candidates[0])
         suggestion = f" (nearest: {', '.join(near)})" if near else ""
         self._refuse(f"{path}: no such tensor in the base{suggestion}")
         return None
+
+    def _nearest(self, name: str) -> list[str]:
+        # Only the first problems are shown, and resemblance is slow among many names.
+        return self.index.nearest(name) if len(self.problems) < _SHOWN else []
 
     def _note_renaming(self, asked: str, found: str) -> None:
         if asked == found:
@@ -272,6 +289,8 @@ class _Finder:
         fits_straight, fits_flipped = stored == wanted, stored == flipped
         if delta.stored_transposed is True:
             fits_straight = False
+        elif fits_flipped and not stacked and not self._may_flip(name):
+            fits_flipped = False
         if fits_straight and fits_flipped:
             return self._is_conv1d(name) if not stacked else self._is_flipped_stack(delta)
         if fits_straight or fits_flipped:
@@ -279,9 +298,15 @@ class _Finder:
         self._refuse(f"{path}: {_mismatch(delta, name, self.shapes[name])}")
         return None
 
+    def _may_flip(self, name: str) -> bool:
+        """Return whether a layer may store (in, out): Conv1D's, and parameters that stand alone."""
+        leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        return leaf in CONV1D_LEAVES or not name.endswith(".weight")
+
     def _is_flipped_stack(self, delta: LayerDelta) -> bool:
         old_axes = isinstance(delta, ExpertLoRA) and delta.flipped_if_square
-        return old_axes or self.base.config_word("model_type") in TRANSPOSED_TYPES
+        types = self.base.config_words("model_type")
+        return old_axes or not TRANSPOSED_TYPES.isdisjoint(types)
 
     def _is_conv1d(self, name: str) -> bool:
         leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -289,8 +314,9 @@ class _Finder:
             return True
         if leaf not in CONV1D_LEAVES:
             return False
-        model_type = self.base.config_word("model_type")
-        return model_type in CONV1D_TYPES if model_type else self._has_wide_conv1d()
+        types = self.base.config_words("model_type")
+        # A composite model (vit-gpt2) names its decoder's type in a section of its own.
+        return not CONV1D_TYPES.isdisjoint(types) if types else self._has_wide_conv1d()
 
     def _has_wide_conv1d(self) -> bool:
         """Without a config, GPT-2's fused c_attn, stored (E, 3E), tells the layout."""
@@ -306,7 +332,7 @@ class _Finder:
 
     def _extra_home(self, name: str, extra: Replacement | RowReplacement) -> str | None:
         self.wanted += 1
-        found = self.index.find(name)
+        found = self.index.find(name) or self._tied_bias(name)
         if len(found) == 1 and self._extra_fits(name, found[0], extra):
             self._note_renaming(name, found[0])
             return found[0]
@@ -314,10 +340,19 @@ class _Finder:
             self.added.append(name)
             return name
         if len(found) != 1:
-            near = self.index.nearest(name)
+            near = self._nearest(name)
             suggestion = f" (nearest: {', '.join(near)})" if near else ""
             self._refuse(f"{name}: a full tensor that the base lacks{suggestion}")
         return None
+
+    def _tied_bias(self, name: str) -> list[str]:
+        """Return the stored bias that a head's bias shares (bias="all" saves both)."""
+        shared = {
+            name[: -len(bias)] + kept
+            for bias, kept in TIED_BIASES
+            if f".{name}".endswith(f".{bias}")
+        }
+        return sorted(shared & self.shapes.keys())
 
     def _addable(self, name: str, extra: Replacement) -> bool:
         return extra.expected or name.endswith(_ADDABLE_HEADS)
@@ -328,10 +363,22 @@ class _Finder:
             fits = len(stored) == 2 and stored[1] == shape[1] and shape[0] <= stored[0]
         else:
             # Another number of rows is a resized vocabulary.
-            fits = stored == shape or (len(stored) == 2 and stored[1:] == shape[1:])
+            fits = stored == shape or (
+                len(stored) in (1, 2) and stored[1:] == shape[1:] and self._resizable(name, home)
+            )
         if not fits:
             self._refuse(f"{name}: {shape} does not fit the base's {home} {stored}")
         return fits
+
+    def _resizable(self, name: str, home: str) -> bool:
+        """Return whether the rows of a tensor are a vocabulary's or classes, which may grow."""
+        if len(self.shapes[home]) == 1:
+            weight = self.brought.get(name.removesuffix("bias") + "weight")
+            rows = self.brought[name].weight_shape[0]
+            return name.endswith("bias") and weight is not None and weight.weight_shape[0] == rows
+        owner = home.removesuffix(".weight").split(".")
+        sizes = self.base.config_words("vocab_size")
+        return not sizes or self.shapes[home][0] in sizes or not _CLASSES.isdisjoint(owner)
 
 
 def _in_shape(delta: LayerDelta, stored: tuple[int, ...]) -> LayerDelta:

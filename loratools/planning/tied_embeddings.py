@@ -7,6 +7,7 @@ once. (PEFT adds a change of either to the shared tensor, and so to both.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,14 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratools.basemodel import BaseModel
+from loratools.basemodel import BaseModel, BaseTensor
 from loratools.deltas import LoRA, Replacement, RowReplacement
 from loratools.errors import UnsupportedError
 from loratools.keymaps.names import NameIndex
-from loratools.keymaps.transformers_rows import HEADS, TIED, TIED_BIASES, UNTYING_CHANGES_FORWARD
+from loratools.keymaps.transformers_rows import (
+    HEAD_OF_TYPE,
+    HEADS,
+    TIED,
+    TIED_BIASES,
+    TIED_TABLES,
+    UNTYING_CHANGES_FORWARD,
+)
 from loratools.planning.placement import Placement
+from loratools.tensorfiles.dtypes import DTYPES
 
 Placements = tuple[Placement, ...]
+
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +45,14 @@ class Tie:
         head: the output head's tensor name.
         stored: whether the base also stores the head.
         tied: whether the two are one tensor by the config's word.
+        copies: further input tables that share the tensor as long as the head does.
     """
 
     input: str
     head: str
     stored: bool
     tied: bool
+    copies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +75,23 @@ class Untied:
 def find_tie(base: BaseModel) -> Tie | None:
     """Return the base's embedding tensors, or None when it has no table that rows name."""
     names = NameIndex(base.tensors)
-    tables = [(head, names.find(f"{table}.weight")) for head, table in TIED]
-    pairs = [(head, found[0]) for head, found in tables if len(found) == 1]
-    for head, table in pairs:
+    own = {HEAD_OF_TYPE[t] for t in base.config_words("model_type") if t in HEAD_OF_TYPE}
+    # A row that names the table exactly goes before one that needs a prefix more or less.
+    rows = sorted(TIED, key=lambda row: (row[0] not in own, f"{row[1]}.weight" not in base.tensors))
+    tables = [(head, table, names.find(f"{table}.weight")) for head, table in rows]
+    pairs = [(head, table, found[0]) for head, table, found in tables if len(found) == 1]
+    for head, table, name in pairs:
         stored = names.find(f"{head}.weight")
         if len(stored) == 1:
-            return Tie(table, stored[0], True, _is_tied(base, head_stored=True))
+            return Tie(name, stored[0], True, _is_tied(base, head_stored=True), _copies(table))
     if not pairs:
         return None
-    head, table = pairs[0]
-    return Tie(table, f"{head}.weight", False, _is_tied(base, head_stored=False))
+    head, table, name = pairs[0]
+    return Tie(name, f"{head}.weight", False, _is_tied(base, head_stored=False), _copies(table))
+
+
+def _copies(table: str) -> tuple[str, ...]:
+    return tuple(f"{copy}.weight" for copy in dict(TIED_TABLES).get(table, ()))
 
 
 def _is_tied(base: BaseModel, *, head_stored: bool) -> bool:
@@ -89,8 +109,23 @@ def resolve_tie(base: BaseModel, tie: Tie | None, by_tensor: Mapping[str, Placem
 
     Raises UnsupportedError for models whose forward pass itself depends on the tie.
     """
-    if tie is None or not tie.tied or not (tie.input in by_tensor or tie.head in by_tensor):
+    refuse_unknown_tie(base, tie, by_tensor)
+    names = (tie.input, tie.head, *tie.copies) if tie else ()
+    if tie is None or by_tensor.keys().isdisjoint(names):
         return Untied(by_tensor)
+    if any(copy in by_tensor for copy in tie.copies):
+        raise UnsupportedError(
+            f"{base.path}: the adapter changes one of several tables that share {tie.input}",
+            hint="retrain with modules_to_save on the output head, or without the embeddings",
+        )
+    stored = tuple(copy for copy in tie.copies if copy in base.tensors)
+    if tie.input in by_tensor:
+        by_tensor = {**by_tensor, **dict.fromkeys(stored, by_tensor[tie.input])}
+    if not tie.tied:
+        return Untied(by_tensor)
+    if tie.stored and not _same_bytes(base.tensors[tie.input], base.tensors[tie.head]):
+        note = f"{tie.input} and {tie.head} are stored with different values: taken as not tied"
+        return Untied(by_tensor, notes=(note,))
     shared, own_input = _split_shared(by_tensor.get(tie.input, ()), base, tie)
     own_head = tuple(p for p in by_tensor.get(tie.head, ()) if not _repeats(p, shared))
     rest = {k: v for k, v in by_tensor.items() if k not in (tie.input, tie.head)}
@@ -104,6 +139,10 @@ def resolve_tie(base: BaseModel, tie: Tie | None, by_tensor: Mapping[str, Placem
     split = {tie.input: shared + own_input, tie.head: shared + own_head}
     biases = _untied_biases(base, tie)
     split |= {name: by_tensor.get(name, ()) for name in biases}
+    # transformers ties the encoder's and the decoder's tables by the same flag as the head.
+    missing = [copy for copy in tie.copies if copy not in base.tensors]
+    split |= dict.fromkeys(missing, shared + own_input)
+    biases |= dict.fromkeys(missing, tie.input)
     note = (
         f"tied embeddings: {tie.input} and {tie.head} now differ, so both are stored and "
         "tie_word_embeddings is false"
@@ -171,9 +210,60 @@ def _stored_values(placement: Placement) -> tuple[Tensor, ...]:
     return ()
 
 
+def refuse_unknown_tie(
+    base: BaseModel, tie: Tie | None, by_tensor: Mapping[str, Placements]
+) -> None:
+    """Raise UnsupportedError for a changed input table whose output head no row names."""
+    sizes = base.config_words("vocab_size")
+    architectures = base.config_word("architectures") or []
+    has_head = any(str(a).endswith(HEADS) for a in architectures)
+    ties = base.config_words("tie_word_embeddings")
+    known = (tie.input, tie.head, *tie.copies) if tie else ()
+    composite = any(str(a).endswith("EncoderDecoderModel") for a in architectures)
+    if not has_head or (ties and not any(ties)):
+        return
+    for name, placements in by_tensor.items():
+        tensor = base.tensors.get(name)
+        table = tensor is not None and len(tensor.shape) == 2 and tensor.shape[0] in sizes
+        if table and (composite or name not in known) and any(map(_is_table_change, placements)):
+            raise UnsupportedError(
+                f"{name}: an input table that may be the output head too, and loratools does not "
+                "know this model's head",
+                hint="merge with PEFT, or set tie_word_embeddings to false in config.json if the "
+                "two are separate",
+            )
+
+
+def _is_table_change(placement: Placement) -> bool:
+    delta = getattr(placement.delta, "inner", placement.delta)
+    return isinstance(delta, LoRA) and delta.role == "embedding"
+
+
+def _same_bytes(one: BaseTensor, other: BaseTensor) -> bool:
+    """Return whether two stored tensors agree in every byte, from pieces of them."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.start is not None and (one.file, one.start) == (other.file, other.start):
+        return True
+    if one.values is not None and other.values is not None:
+        return torch.equal(one.values, other.values)
+    if one.start is None or other.start is None:
+        return False
+    left = nbytes = math.prod(one.shape) * DTYPES[one.dtype] // 8
+    with one.file.open("rb") as a, other.file.open("rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        while left:
+            piece = a.read(min(left, _PIECE))
+            if not piece or piece != b.read(len(piece)):
+                return False
+            left -= len(piece)
+    return nbytes == 0 or not left
+
+
 def _refuse_untying(base: BaseModel) -> None:
-    model_type = base.config_word("model_type")
-    if model_type in UNTYING_CHANGES_FORWARD:
+    model_types = UNTYING_CHANGES_FORWARD.intersection(base.config_words("model_type"))
+    for model_type in sorted(model_types):
         raise UnsupportedError(
             f"{base.path}: the adapter changes only one of two tied embeddings, and a {model_type} "
             "model computes differently once they are untied",

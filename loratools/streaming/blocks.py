@@ -250,7 +250,11 @@ class Blocks:
 
     def _refuse_non_finite(self, wide: Tensor, start: int) -> None:
         out = wide.to(self.dtype)
-        bad = (~torch.isfinite(out)).nonzero()
+        lost = ~torch.isfinite(out)
+        if not self.folds:
+            # What the base itself stores as infinite (a mask) is converted, not refused.
+            lost &= torch.isfinite(wide)
+        bad = lost.nonzero()
         if len(bad) == 0:
             return
         row, column = (int(i) for i in bad[0])
@@ -295,7 +299,12 @@ def _non_finite_hint(value: float, dtype: str) -> str:
 def _square(block: Tensor) -> float:
     """Return the sum of squares: one pass that also finds NaN and infinity."""
     flat = block.flatten()
-    return float(torch.dot(flat, flat))
+    square = float(torch.dot(flat, flat))
+    if math.isfinite(square):
+        return square
+    # float32 ends at 3e38, which squares of finite weights may exceed.
+    wide = flat.to(torch.float64)
+    return float(torch.dot(wide, wide))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
