@@ -77,13 +77,17 @@ class _Runner:
         self.stop = threading.Event()
         self.local = threading.local()
         self.results: dict[str, TensorResult] = {}
+        self.syncing: ThreadPoolExecutor
+        self.synced: list[Future[None]] = []
 
     def run(self, files: Sequence[tuple[FileWork, Path]]) -> dict[str, TensorResult]:
-        with ThreadPoolExecutor(self.compute.workers) as pool:
+        # Syncing waits for the disk, so it has a thread of its own: the others keep folding.
+        with ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(self.compute.workers) as pool:
+            self.syncing, self.synced = syncing, []
             try:
                 futures = [f for file, path in files for f in self._submit(pool, file, path)]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
+                for future in (*done, *self.synced):
                     future.result()
             except BaseException:
                 self.stop.set()
@@ -99,7 +103,7 @@ class _Runner:
         path.write_bytes(header)
         os.truncate(path, len(header) + sum(work.nbytes for work in file.tensors))
         tasks = [*_tasks(file.tensors, len(header))]
-        pending = _Countdown(len(tasks), path)
+        pending = _Countdown(len(tasks))
         for task in tasks:
             yield pool.submit(self._guarded, task, path, pending)
 
@@ -111,7 +115,8 @@ class _Runner:
                 self._copy(task, path)
             else:
                 self._fold(task, path)
-            pending.one_done()
+            if pending.is_last():
+                self.synced.append(self.syncing.submit(_sync, path))
         except BaseException:
             self.stop.set()
             raise
@@ -169,20 +174,22 @@ class _Fold:
 
 
 class _Countdown:
-    """Syncs a file when its last task is done, while other files are still being written."""
+    """Tells when a file's last task is done."""
 
-    def __init__(self, count: int, path: Path) -> None:
+    def __init__(self, count: int) -> None:
         self.left = count
-        self.path = path
         self.lock = threading.Lock()
 
-    def one_done(self) -> None:
+    def is_last(self) -> bool:
+        """Count one task as done; returns whether it was the last."""
         with self.lock:
             self.left -= 1
-            last = self.left == 0
-        if last:
-            with self.path.open("r+b", buffering=0) as file:
-                os.fsync(file.fileno())
+            return self.left == 0
+
+
+def _sync(path: Path) -> None:
+    with path.open("r+b", buffering=0) as file:
+        os.fsync(file.fileno())
 
 
 def _tasks(tensors: Sequence[TensorWork], offset: int) -> Iterator[_Copy | _Fold]:
