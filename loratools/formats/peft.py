@@ -52,6 +52,7 @@ def read(bundle: Bundle) -> Adapter:
     extras = _build_extras(keys, bundle, config)
     notes += _left_out(keys)
     notes += _untargeted(layers, config)
+    notes += [f"{word} is not in the config: PEFT's default is taken" for word in _unsaid(config)]
     if not layers and not extras:
         raise MalformedAdapterError(f"{bundle.source}: holds no adapter tensors")
     metadata = {**bundle.metadata, CONFIG_NAME: bundle.sidecars[CONFIG_NAME]}
@@ -198,6 +199,13 @@ def _indices(key: Key, bundle: Bundle, config: PeftConfig) -> tuple[int, ...]:
     if min(configured, default=0) < 0:
         raise MalformedAdapterError(f"{bundle.source}: negative token index for {key.raw}")
     return tuple(int(i) for i in configured)
+
+
+def _unsaid(config: PeftConfig) -> list[str]:
+    """Return the words that the scale depends on and the config does not say."""
+    if config.fields.get("peft_type") != "LORA":
+        return []
+    return [word for word in ("r", "lora_alpha") if word not in config.fields]
 
 
 def _untargeted(layers: Mapping[str, LayerDelta], config: PeftConfig) -> list[str]:

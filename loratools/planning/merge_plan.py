@@ -150,6 +150,11 @@ def plan_merge(
     words = [*(f"{one.path}: {n}" for one in loaded for n in one.adapter.notes), *placed.notes]
     words += [*untied.notes, *(f"added to the base: {name}" for name in placed.added)]
     words += _config_notes(base, config)
+    kept = sorted(
+        {t.dtype for t in base.tensors.values() if t.dtype.startswith(("F8", "F6", "F4"))}
+    )
+    if dtype != "keep" and kept:
+        words.append(f"--dtype leaves {', '.join(kept)} tensors as they are")
     if any(shard.header is None for shard in base.shards):
         words.append("torch's .bin files are written as .safetensors")
     all_notes = (*(Note(word) for word in words), *notes, *_left_out(base))
