@@ -70,12 +70,12 @@ class BnB4Weight(PackedWeight):
         if self.columns % self.blocksize == 0:
             scales = self.scales(first // self.blocksize, last // self.blocksize)
             group = torch.arange(self.columns) // self.blocksize
-            return Grid(levels, scales.view(stop - start, -1), None, group, uniform=False)
+            return Grid(levels, scales.view(stop - start, -1), group, uniform=False)
         # Blocks run over the ends of rows: every column of a row may have a scale of its own.
         block = torch.arange(first, last) // self.blocksize
         low = first // self.blocksize
         scales = self.scales(low, int(block[-1]) + 1)[block - low].view(-1, self.columns)
-        return Grid(levels, scales, None, torch.arange(self.columns), uniform=False)
+        return Grid(levels, scales, torch.arange(self.columns), uniform=False)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         stored = self._order()[codes.long()].to(torch.uint8).flatten()

@@ -39,19 +39,19 @@ class PackQuantizedWeight(PackedWeight):
         half = 2 ** (self.bits - 1)
         levels = torch.arange(-half, half, dtype=torch.float32)
         scale = self.parts["weight_scale"][start:stop].to(torch.float32).reshape(stop - start, -1)
-        return Grid(levels, scale, self._offset(start, stop, scale), self._group(scale), True)
+        zero, group = self._zero(start, stop), self._group(scale)
+        return Grid(levels, scale, group, uniform=True, zero=zero)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         words = pack_bits(codes, self.bits)
         yield Patch("weight_packed", start * words.shape[1], words)
 
-    def _offset(self, start: int, stop: int, scale: Tensor) -> Tensor | None:
+    def _zero(self, start: int, stop: int) -> Tensor | None:
         packed = self.parts.get("weight_zero_point")
         if packed is None:
             return None
         zeros = unpack_bits(packed.T, self.bits, self.rows).T[start:stop].to(torch.float32)
-        offset: Tensor = -(zeros - 2 ** (self.bits - 1)) * scale
-        return offset
+        return zeros.sub_(2 ** (self.bits - 1))
 
     def _group(self, scale: Tensor) -> Tensor:
         listed = self.parts.get("weight_g_idx")

@@ -54,7 +54,7 @@ class _Float4Weight(PackedWeight):
 
     def grid(self, start: int, stop: int) -> Grid:
         group = torch.arange(self.columns) // self.block
-        return Grid(E2M1[_ORDER.long()], self.scales(start, stop), None, group, uniform=False)
+        return Grid(E2M1[_ORDER.long()], self.scales(start, stop), group, uniform=False)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         stored = _ORDER[codes.long()]

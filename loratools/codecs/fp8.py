@@ -49,11 +49,11 @@ class FP8Weight(PackedWeight):
         group = torch.arange(self.columns)
         if self.block is None:
             rows = scale.flatten().expand(self.rows)[start:stop, None]
-            return Grid(levels, rows, None, torch.zeros_like(group), uniform=False)
+            return Grid(levels, rows, torch.zeros_like(group), uniform=False)
         down, across = self.block
         matrix = scale.reshape(-1, scale.shape[-1])
         rows = matrix[self._scale_rows(start, stop, down, len(matrix))]
-        return Grid(levels, rows, None, group // across, uniform=False)
+        return Grid(levels, rows, group // across, uniform=False)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         bytes_ = _tables(self.parts["weight"].dtype)[2][codes.long()]

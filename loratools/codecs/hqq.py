@@ -59,7 +59,7 @@ class HQQWeight(PackedWeight):
             for name in ("scale", "zero")
         )
         group = torch.arange(self.columns)
-        return Grid(levels, scale, -zero * scale, group, uniform=True)
+        return Grid(levels, scale, group, uniform=True, zero=zero)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         flat = codes.reshape(self._reshaped())

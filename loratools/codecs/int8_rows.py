@@ -40,7 +40,7 @@ class Int8Weight(PackedWeight):
         levels = torch.arange(-128, 128, dtype=torch.float32)
         scale = self.parts["SCB"][start:stop, None] * _STEP
         group = torch.zeros(self.columns, dtype=torch.int64)
-        return Grid(levels, scale, None, group, uniform=True)
+        return Grid(levels, scale, group, uniform=True)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         yield Patch("weight", start * self.columns, (codes.to(torch.int16) - 128).to(torch.int8))

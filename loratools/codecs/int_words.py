@@ -99,4 +99,4 @@ def _from_awq(words: Tensor) -> Tensor:
 def _affine(scale: Tensor, zeros: Tensor, group: Tensor, bits: int) -> Grid:
     """Return the grid of (q − zero)·scale for (groups, out) scales and zeros."""
     levels = torch.arange(2**bits, dtype=torch.float32)
-    return Grid(levels, scale.T, -(zeros * scale).T, group, uniform=True)
+    return Grid(levels, scale.T, group, uniform=True, zero=zeros.T)

@@ -43,7 +43,7 @@ class MLXWeight(PackedWeight):
             for name in ("scales", "biases")
         )
         group = torch.arange(self.columns) // (self.columns // scale.shape[1])
-        return Grid(levels, scale, bias, group, uniform=True)
+        return Grid(levels, scale, group, uniform=True, offset=bias)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         words = pack_bits(codes, self.bits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,11 +17,17 @@ from loratools.codecs.rounding import nearest_codes, shaped_codes
 def table_grid(weight: Tensor) -> Grid:
     scale = weight.view(len(weight), -1, 64).abs().amax(-1)
     group = torch.arange(weight.shape[1]) // 64
-    return Grid(bnb4.levels("nf4"), scale, None, group, uniform=False)
+    return Grid(bnb4.levels("nf4"), scale, group, uniform=False)
 
 
 def affine_grid(weight: Tensor) -> Grid:
     return quantise_mlx(weight, 4, 64).grid(0, len(weight))
+
+
+def zero_grid(weight: Tensor) -> Grid:
+    grid = affine_grid(weight)
+    zero = torch.randint(0, 16, grid.scale.shape).float()
+    return replace(grid, zero=zero, offset=None)
 
 
 def scattered_grid(weight: Tensor) -> Grid:
@@ -28,10 +36,11 @@ def scattered_grid(weight: Tensor) -> Grid:
     scale[0, 0] = 0.0
     group = torch.randperm(weight.shape[1]) % 8
     levels = torch.arange(-8.0, 8.0)
-    return Grid(levels, scale, torch.randn_like(scale) * 0.01, group, uniform=True)
+    offset = torch.randn_like(scale) * 0.01
+    return Grid(levels, scale, group, uniform=True, offset=offset)
 
 
-GRIDS = {"table": table_grid, "affine": affine_grid, "scattered": scattered_grid}
+GRIDS = {"table": table_grid, "affine": affine_grid, "zero": zero_grid, "scattered": scattered_grid}
 
 
 @pytest.fixture(params=list(GRIDS))
@@ -40,14 +49,23 @@ def grid(request: pytest.FixtureRequest) -> Grid:
     return GRIDS[request.param](0.02 * torch.randn(32, 128))
 
 
+def all_values(grid: Grid, column: int) -> Tensor:
+    """What a column's elements can be, (rows, levels) in float64, by the definition."""
+    group = grid.group[column]
+    inside = grid.levels.double()[None, :]
+    if grid.zero is not None:
+        inside = inside - grid.zero[:, group, None].double()
+    values = inside * grid.scale[:, group, None].double()
+    return values if grid.offset is None else values + grid.offset[:, group, None].double()
+
+
 def test_nearest_is_the_nearest_of_all_levels(grid: Grid) -> None:
     target = 0.02 * torch.randn(32, 128)
-    every = grid.levels.view(1, 1, -1) * grid.scale[:, grid.group, None]
-    if grid.offset is not None:
-        every = every + grid.offset[:, grid.group, None]
-    best = (every - target[..., None]).abs().amin(-1)
-    found = (grid.values(nearest_codes(target, grid)) - target).abs()
-    torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-7)
+    best = [
+        (all_values(grid, column) - target[:, column, None]).abs().amin(-1) for column in range(128)
+    ]
+    found = (grid.values(nearest_codes(target, grid)) - target).abs().double()
+    torch.testing.assert_close(found, torch.stack(best, dim=1), rtol=1e-4, atol=1e-7)
 
 
 def test_no_strength_is_nearest(grid: Grid) -> None:
@@ -57,29 +75,20 @@ def test_no_strength_is_nearest(grid: Grid) -> None:
 
 def test_shaping_agrees_with_the_recursion_in_float64(grid: Grid) -> None:
     """The formula, element by element: aim = w + λ(S·v)/(1+λ|v|²), S += (w − q)vᵀ."""
-    target, basis = 0.02 * torch.randn(8, 128), torch.linalg.qr(torch.randn(128, 4)).Q
-    short = Grid(
-        grid.levels,
-        grid.scale[:8],
-        None if grid.offset is None else grid.offset[:8],
-        grid.group,
-        grid.uniform,
-    )
-    found = short.values(shaped_codes(target, short, basis, 50.0, sweeps=1))
-    seen = torch.zeros(8, 4, dtype=torch.float64)
+    target, basis = 0.02 * torch.randn(32, 128), torch.linalg.qr(torch.randn(128, 4)).Q
+    found = grid.values(shaped_codes(target, grid, basis, 50.0, sweeps=1)).double()
+    seen = torch.zeros(32, 4, dtype=torch.float64)
     wide, strength = basis.double(), 50.0
     agreed = 0
     for column in range(128):
         v, w = wide[column], target[:, column].double()
         aim = w + strength * (seen @ v) / (1 + strength * float(v @ v))
-        offset = 0.0 if short.offset is None else short.offset[:, short.group[column]].double()
-        every = short.levels.double() * short.scale[:, short.group[column], None].double()
-        every = every + (offset[:, None] if isinstance(offset, Tensor) else offset)
+        every = all_values(grid, column)
         best = every.gather(1, (every - aim[:, None]).abs().argmin(1, keepdim=True))[:, 0]
-        agreed += int(torch.isclose(best, found[:, column].double(), atol=1e-6).sum())
+        agreed += int(torch.isclose(best, found[:, column], atol=1e-6).sum())
         # Go on from what was chosen, so that one tie does not move all that follows.
-        seen += (w - found[:, column].double())[:, None] * v
-    assert agreed >= 0.995 * 8 * 128
+        seen += (w - found[:, column])[:, None] * v
+    assert agreed >= 0.995 * 32 * 128
 
 
 def test_another_sweep_never_raises_the_cost(grid: Grid) -> None:
