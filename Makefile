@@ -57,6 +57,7 @@ docs: venv ## check the documentation: links, examples
 bench: venv ## time converting, and merging against PEFT and cp (40 GB of disk; BENCH_ARGS=--skip-8b: 10 GB)
 	@$(BIN)/python benchmarks/merge.py $(BENCH_ARGS)
 	@$(BIN)/python benchmarks/convert.py
+	@$(BIN)/python benchmarks/resize.py
 
 format: venv ## rewrite the code in the house style
 	@$(BIN)/ruff check --fix --quiet

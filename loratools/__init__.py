@@ -13,11 +13,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.adapter_io import load_adapter, save_adapter
+    from loratools.compose import compose_adapters
     from loratools.convert import convert_adapter
     from loratools.errors import LoratoolsError
+    from loratools.extract import extract_adapter
     from loratools.merge import merge_into_base, unmerge_from_base
+    from loratools.rebase import rebase_adapter
     from loratools.report import Report
-    from loratools.summary import summarize
+    from loratools.summary import summarize, summarize_files
+    from loratools.svd_resize import resize_adapter
     from loratools.verify import compare_adapters
 
 _HOMES = {
@@ -25,11 +29,16 @@ _HOMES = {
     "LoratoolsError": "loratools.errors",
     "Report": "loratools.report",
     "compare_adapters": "loratools.verify",
+    "compose_adapters": "loratools.compose",
     "convert_adapter": "loratools.convert",
+    "extract_adapter": "loratools.extract",
     "load_adapter": "loratools.adapter_io",
     "merge_into_base": "loratools.merge",
+    "rebase_adapter": "loratools.rebase",
+    "resize_adapter": "loratools.svd_resize",
     "save_adapter": "loratools.adapter_io",
     "summarize": "loratools.summary",
+    "summarize_files": "loratools.summary",
     "unmerge_from_base": "loratools.merge",
 }
 
@@ -38,11 +47,16 @@ __all__ = [
     "LoratoolsError",
     "Report",
     "compare_adapters",
+    "compose_adapters",
     "convert_adapter",
+    "extract_adapter",
     "load_adapter",
     "merge_into_base",
+    "rebase_adapter",
+    "resize_adapter",
     "save_adapter",
     "summarize",
+    "summarize_files",
     "unmerge_from_base",
 ]
 

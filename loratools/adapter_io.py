@@ -11,7 +11,9 @@ from torch import Tensor
 from loratools.adapter import Adapter
 from loratools.errors import CorruptFileError, InputError, MissingFileError
 from loratools.formats import detect_format, get_format
+from loratools.formats.activated import refuse_activated
 from loratools.formats.format import Bundle, Format, Listing
+from loratools.formats.gguf_file import is_gguf, load_gguf, save_bundle
 from loratools.formats.kohya_metadata import with_hashes
 from loratools.tensorfiles.atomic import staged_output
 from loratools.tensorfiles.safetensors import load_tensors, save_tensors
@@ -43,8 +45,13 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     return open_adapter(path)[1]
 
 
-def open_adapter(path: str | os.PathLike[str]) -> tuple[Format, Adapter]:
-    """Read the adapter at ``path`` and say in which format it was; see ``load_adapter``."""
+def open_adapter(
+    path: str | os.PathLike[str], *, activated: bool = False
+) -> tuple[Format, Adapter]:
+    """Read the adapter at ``path`` and say in which format it was; see ``load_adapter``.
+
+    ``activated``: take an adapter that acts only after certain tokens too (aLoRA).
+    """
     weights = find_weights(Path(path))
     bundle = load_bundle(weights, source=str(path))
     listing = Listing(
@@ -53,7 +60,10 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[Format, Adapter]:
         bundle.sidecars,
     )
     found = detect_format(listing, str(path))
-    return found, found.read(bundle)
+    adapter = found.read(bundle)
+    if not activated:
+        refuse_activated(adapter.metadata, str(path))
+    return found, adapter
 
 
 def save_adapter(
@@ -62,15 +72,16 @@ def save_adapter(
     *,
     format: str = "peft",  # noqa: A002 - the word of the command line and the Hub
     overwrite: bool = False,
+    storage: str | None = None,
 ) -> None:
     """Write ``adapter`` to ``path`` in ``format``, atomically.
 
     ``path`` is the file itself if the format is a single file, or if it ends in ``.safetensors``
     and the format needs no side files; else it is a folder. Hashes in the metadata are those of
-    the bytes that are written.
+    the bytes that are written. ``storage`` is for GGUF alone: see ``gguf_file.save_bundle``.
 
     Raises:
-        OptionError: unknown format.
+        OptionError: unknown format or storage.
         UnsupportedError: the format cannot hold the adapter.
         OutputError: ``path`` exists and ``overwrite`` is false.
     """
@@ -79,10 +90,12 @@ def save_adapter(
     target = Path(path)
     alone = target.suffix == ".safetensors" and not bundle.sidecars
     inside = None if alone else chosen.weights_file
-    metadata = with_hashes(bundle.metadata, bundle.tensors)
     with staged_output(target, folder=inside is not None, overwrite=overwrite) as work:
         weights = work / inside if inside else work
-        save_tensors(weights, bundle.tensors, metadata)
+        if chosen.container == "gguf":
+            save_bundle(weights, bundle, storage)
+        else:
+            save_tensors(weights, bundle.tensors, with_hashes(bundle.metadata, bundle.tensors))
         for name, text in bundle.sidecars.items():
             (weights.parent / name).write_text(text, encoding="utf-8")
 
@@ -136,6 +149,8 @@ def load_bundle(weights: Path, source: str) -> Bundle:
     metadata: Mapping[str, str]
     if weights.suffix in _TORCH_SUFFIXES:
         tensors, metadata = load_torch(weights), {}
+    elif is_gguf(weights):
+        return load_gguf(weights, source)
     else:
         tensors, metadata = load_tensors(weights)
     sidecars = {

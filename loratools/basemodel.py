@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import CorruptFileError, InputError, MissingFileError, UnsupportedError
+from loratools.tensorfiles.gguf import GGUFHeader
+from loratools.tensorfiles.gguf_split import open_gguf
 from loratools.tensorfiles.header import Header, read_header
 from loratools.tensorfiles.sharded import check_index, read_index
 
@@ -36,7 +38,7 @@ class BaseTensor:
 
     Attributes:
         name: as the checkpoint calls it.
-        dtype: safetensors' word (``BF16``).
+        dtype: safetensors' word (``BF16``), or ggml's name of a type (``Q4_K``).
         shape: as stored.
         file: the shard that holds it.
         start: absolute byte offset of its contiguous values in ``file``, or ``None`` when they
@@ -59,7 +61,7 @@ class Shard:
     path: Path
     tensors: tuple[BaseTensor, ...]
     metadata: Mapping[str, str]
-    header: Header | None = None
+    header: Header | GGUFHeader | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,13 @@ class BaseModel:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the base is a folder rather than one file."""
-        return self.path.is_dir()
+        """Whether the base is more than one file."""
+        return self.path.is_dir() or len(self.shards) > 1
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the base is a GGUF file, in one or several parts."""
+        return isinstance(self.shards[0].header, GGUFHeader)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -134,7 +141,7 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 def open_base(path: str | os.PathLike[str]) -> BaseModel:
-    """Open a Hugging Face or diffusers component folder, or one weights file.
+    """Open a Hugging Face or diffusers component folder, one weights file, or a split GGUF file.
 
     Raises:
         MissingFileError: nothing there, or a folder without weights.
@@ -142,6 +149,8 @@ def open_base(path: str | os.PathLike[str]) -> BaseModel:
         UnsupportedError: an adapter or a pipeline where a model belongs, or an unknown container.
     """
     where = Path(path)
+    if where.is_file() and where.suffix == ".gguf":
+        return BaseModel(where, tuple(_gguf_shard(part) for part in open_gguf(where).parts))
     if where.is_file():
         return BaseModel(where, (_open_shard(where),))
     if not where.is_dir():
@@ -280,8 +289,16 @@ def _open_shard(path: Path) -> Shard:
         return Shard(path, tensors, header.metadata, header)
     raise UnsupportedError(
         f"{path}: not a weights file that loratools can merge into",
-        hint="give a Hugging Face folder, a .safetensors file or a .bin/.pt checkpoint",
+        hint="give a Hugging Face folder, a .safetensors, .gguf or .bin/.pt file",
     )
+
+
+def _gguf_shard(header: GGUFHeader) -> Shard:
+    tensors = tuple(
+        BaseTensor(tensor.name, tensor.type.name, tensor.shape, tensor.file, tensor.start)
+        for tensor in header.tensors.values()
+    )
+    return Shard(header.path, tensors, {}, header)
 
 
 def _open_torch(path: Path) -> Shard:

@@ -25,9 +25,14 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("merge", "Fold adapters into a base model."),
     ("unmerge", "Take adapters out of a merged model again."),
     ("convert", "Write adapters in another format, with the same change of weights."),
+    ("resize", "Change adapters' rank, by the SVD of their factors."),
+    ("compose", "Combine adapters into one, exactly or by a method of the literature."),
+    ("extract", "Write what training changed in a model as an adapter."),
+    ("rebase", "Carry an adapter to another base of the same shape."),
     ("diff", "Compare two adapters by the change they make."),
     ("inspect", "Say what is in an adapter or a base model."),
     ("formats", "List the adapter formats."),
+    ("methods", "List the ways of combining adapters."),
     ("demo", "Make a small base and adapter, merge them, prove the result."),
 )
 """Names and one-line helps; each command is ``command`` in the module of its name in ``_cli``."""

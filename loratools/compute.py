@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from loratools.errors import OptionError
 
-_DEVICE = re.compile(r"cpu|mps|cuda(:[0-9]{1,4})?")
+_DEVICE = re.compile(r"cpu(:0)?|mps(:0)?|cuda(:[0-9]{1,4})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,9 @@ def resolve_compute(device: str = "cpu", workers: int | None = None) -> Compute:
     """
     chosen = _best_device() if device == "auto" else device
     _check_device(chosen)
+    if not chosen.startswith("cuda"):
+        # There is one of each, so the number says nothing.
+        chosen = chosen.removesuffix(":0")
     return Compute(chosen, workers if workers is not None else max(2, min(8, available_cores())))
 
 
@@ -69,7 +72,7 @@ def _check_device(device: str) -> None:
             f"no {kind} device is available to this installation of torch",
             hint="use --device cpu, or install a torch build for your accelerator",
         )
-    if index and int(index) >= torch.cuda.device_count():
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise OptionError(
             f"device {device!r} does not exist: torch sees {torch.cuda.device_count()}",
             hint="count devices from 0",

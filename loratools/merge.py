@@ -15,6 +15,8 @@ from loratools.adapter_io import find_weights
 from loratools.basemodel import BaseModel, Pipeline, is_pipeline, open_base, open_pipeline
 from loratools.compute import Compute, resolve_compute
 from loratools.deltas import Replacement
+from loratools.errors import MatchError
+from loratools.planning.absent_layers import describe_absent, find_absent_layers
 from loratools.planning.block_shares import share_by_block
 from loratools.planning.compat import read_all_as_tool
 from loratools.planning.merge_plan import (
@@ -28,11 +30,12 @@ from loratools.planning.merge_plan import (
 from loratools.planning.networks import plan_pipeline
 from loratools.planning.no_change import Touched, refuse_no_change, refuse_untrained
 from loratools.planning.placement import Placement
+from loratools.planning.quantising import KEEP, retained_fact, retention_notes
 from loratools.planning.unmerge_plan import (
     bound_notes,
     error_bounds,
-    plan_restore,
-    plan_subtraction,
+    plan_pipeline_unmerge,
+    plan_unmerge,
 )
 from loratools.report import Json, Note, Report
 from loratools.streaming.blocks import TensorResult, TensorWork
@@ -52,6 +55,7 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     arch: str | None = None,
     block_strengths: str | None = None,
     compat: str | None = None,
+    quant: str = KEEP,
     residual_base: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -74,6 +78,8 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
             ``PATTERN=NUMBER`` pairs, separated by commas; they multiply the strengths.
         compat: fold as ``comfyui``, ``lycoris``, ``sd-scripts`` or ``a1111`` does where that is
             not the formula.
+        quant: type of touched tensors that are stored in blocks (GGUF): ``keep``,
+            ``dequantize`` (float16, or ``dtype``) or a type such as ``q8_0``.
         residual_base: the base already lacks what PiSSA, OLoRA ... took out of it.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -88,9 +94,9 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     """
     root = Path(base)
     compute = resolve_compute(device)
-    opened = open_pipeline(root) if is_pipeline(root) else open_base(root)
+    opened = _open(root)
     loaded = load_adapters(adapters)
-    plan = partial(plan_merge, dtype=dtype, residual_base=residual_base, arch=arch)
+    plan = partial(plan_merge, dtype=dtype, residual_base=residual_base, arch=arch, quant=quant)
     shares = read_all_as_tool(loaded, compat) if compat else loaded
     shares = share_by_block(shares, block_strengths, arch) if block_strengths else shares
     if isinstance(opened, Pipeline):
@@ -99,7 +105,17 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     else:
         job = _Job(root, {"": plan(opened, shares)}, loaded, opened.files)
     results = _write(job, Path(output), compute, overwrite, dry_run, progress)
-    return _report("merge", job, results, None if dry_run else str(output))
+    report = _report("merge", job, results, None if dry_run else str(output))
+    return replace(report, notes=(*report.notes, *_absent_notes(opened, loaded)))
+
+
+def _absent_notes(base: BaseModel | Pipeline, loaded: Sequence[LoadedAdapter]) -> Iterator[Note]:
+    """Yield a warning for every adapter that lacks layers which its config announces."""
+    if isinstance(base, Pipeline):
+        return
+    for one in loaded:
+        if absent := find_absent_layers(base, one.adapter):
+            yield Note(describe_absent(one.path, absent), "warning")
 
 
 def unmerge_from_base(
@@ -109,6 +125,7 @@ def unmerge_from_base(
     *,
     base: PathLike | None = None,
     device: str = "cpu",
+    arch: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -119,11 +136,12 @@ def unmerge_from_base(
     is subtracted, and the report bounds the error that two roundings leave.
 
     Args:
-        merged: the merged checkpoint.
+        merged: the merged checkpoint: a model or a diffusers pipeline folder, or one weights file.
         adapters: what was merged, with the same strengths; may be empty if ``base`` is given.
         output: a folder if ``merged`` is one, else a .safetensors file.
         base: the checkpoint they were merged into.
         device: see ``merge_into_base``.
+        arch: the adapters' architecture, where the files do not tell.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
         progress: called with the bytes just written and those of the whole job, from several
@@ -134,32 +152,54 @@ def unmerge_from_base(
         OptionError: neither adapters nor a base.
         InputError, MatchError, OutputError: as for ``merge_into_base``.
     """
-    model = open_base(merged)
-    original = open_base(base) if base is not None else None
+    model = _open(Path(merged))
+    original = _open(Path(base)) if base is not None else None
     loaded = load_adapters(adapters, allow_none=original is not None)
     compute = resolve_compute(device)
-    plan = _unmerge_plan(model, original, loaded)
+    plans = _unmerge_plans(model, original, loaded, arch)
     files = (*model.files, *(original.files if original else ()))
-    job = _Job(Path(merged), {"": plan}, loaded, files)
+    others = model.other_files if isinstance(model, Pipeline) else ()
+    job = _Job(Path(merged), plans, loaded, files, others)
     results = _write(job, Path(output), compute, overwrite, dry_run, progress)
     facts: dict[str, Json] = {"method": "copied from base" if original else "subtracted"}
     facts |= {"base": str(base)} if original else {}
-    notes: list[Note] = []
-    if results.get(""):
-        bounds = error_bounds(plan.checkpoint.works, results[""])
-        more, notes = bound_notes(bounds, results[""])
-        facts |= more
+    more, notes = _bounds(plans, results)
     report = _report("unmerge", job, results, None if dry_run else str(output))
-    return replace(report, facts={**report.facts, **facts}, notes=(*report.notes, *notes))
+    facts = {**report.facts, **facts, **more}
+    return replace(report, facts=facts, notes=(*report.notes, *notes))
 
 
-def _unmerge_plan(
-    merged: BaseModel, base: BaseModel | None, loaded: Sequence[LoadedAdapter]
-) -> MergePlan:
-    if base is None:
-        return plan_subtraction(merged, loaded)
-    checkpoint = plan_restore(merged, base, loaded)
-    return MergePlan(checkpoint, {}, ())
+def _open(path: Path) -> BaseModel | Pipeline:
+    return open_pipeline(path) if is_pipeline(path) else open_base(path)
+
+
+def _unmerge_plans(
+    merged: BaseModel | Pipeline,
+    base: BaseModel | Pipeline | None,
+    loaded: Sequence[LoadedAdapter],
+    arch: str | None,
+) -> Mapping[str, MergePlan]:
+    if isinstance(merged, Pipeline) and not isinstance(base, BaseModel):
+        return plan_pipeline_unmerge(merged, base, loaded, arch)
+    if isinstance(merged, BaseModel) and not isinstance(base, Pipeline):
+        return {"": plan_unmerge(merged, base, loaded, arch)}
+    raise MatchError(
+        "one of merged and base is a whole pipeline, the other is one model",
+        hint="give two pipelines, or the same network's folder of both",
+    )
+
+
+def _bounds(
+    plans: Mapping[str, MergePlan], results: Results
+) -> tuple[dict[str, Json], Sequence[Note]]:
+    """Return facts and notes on what subtraction may have left, over all networks."""
+    bounds: dict[str, float] = {}
+    changed: dict[str, TensorResult] = {}
+    for component, found in results.items():
+        of_one = error_bounds(plans[component].checkpoint.works, found)
+        bounds |= {f"{component}/{name}": bound for name, bound in of_one.items()}
+        changed |= {f"{component}/{name}": result for name, result in found.items()}
+    return bound_notes(bounds, changed) if changed else ({}, [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +234,10 @@ def _write(
         p for plan in job.plans.values() for ps in plan.placements.values() for p in ps
     )
     inputs = [*job.files, *(find_weights(Path(one.path)) for one in job.loaded)]
-    check_suffix(job.root, target)
+    folder = job.root.is_dir() or any(p.checkpoint.base.is_folder for p in job.plans.values())
+    check_suffix(job.root, target, folder=folder)
     if dry_run:
-        check_destination(target, folder=job.root.is_dir(), overwrite=overwrite, inputs=inputs)
+        check_destination(target, folder=folder, overwrite=overwrite, inputs=inputs)
         require_space(target.parent, sum(p.checkpoint.nbytes for p in job.plans.values()))
         return {}
     return write_checkpoints(
@@ -230,6 +271,7 @@ def _report(operation: str, job: _Job, results: Results, output: str | None) -> 
         for name, placements in plan.placements.items():
             items += [_item(component, works[name], p, found.get(name)) for p in placements]
         notes += [*plan.notes, *_replacement_notes(plan, found), *_unchanged_notes(plan, found)]
+        notes += retention_notes(found)
     return Report(
         operation,
         (str(job.root), *(one.path for one in job.loaded)),
@@ -273,6 +315,7 @@ def _tensor_facts(job: _Job, results: Results) -> dict[str, Json]:
     if every:
         facts["tensors_changed"] = sum(result.changed for result in every)
         facts["relative_change"] = _relative_change(every)
+        facts |= retained_fact(every)
     return facts
 
 
@@ -308,6 +351,7 @@ def _item(
         "changed": result.changed if result else None,
         "change_norm": result.change_norm if result else None,
         "result_norm": result.result_norm if result else None,
+        "retained": result.retained if result else None,
     }
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from loratools.adapter import Adapter
 from loratools.adapter_io import open_adapter
 from loratools.deltas import AdditiveDelta, LayerDelta, LoRA
-from loratools.errors import InputError
-from loratools.keymaps.translate import detect_architecture, translate
+from loratools.keymaps.gguf_base import open_gguf_base
+from loratools.keymaps.gguf_naming import concerns_gguf, in_transformers_naming
+from loratools.keymaps.translate import in_one_naming
 from loratools.linalg.gram import product_norm
 from loratools.report import Json, Note, Report
 
@@ -20,7 +22,12 @@ PathLike = str | os.PathLike[str]
 
 
 def compare_adapters(
-    first: PathLike, second: PathLike, *, arch: str | None = None, tolerance: float = 1e-5
+    first: PathLike,
+    second: PathLike,
+    *,
+    arch: str | None = None,
+    base: PathLike | None = None,
+    tolerance: float = 1e-5,
 ) -> Report:
     """Compare two adapters module by module: ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖.
 
@@ -30,12 +37,16 @@ def compare_adapters(
         first: an adapter file or folder, of any format.
         second: another.
         arch: the architecture, where the files do not tell.
+        base: the language model of GGUF adapters (see ``convert_adapter``), where they do not tell.
         tolerance: largest relative difference that counts as the same.
 
     Raises:
         InputError: a file that cannot be read, or two adapters of different architectures.
     """
-    one, other = _in_one_naming(open_adapter(first)[1], open_adapter(second)[1], arch)
+    loaded = [open_adapter(path, activated=True)[1] for path in (first, second)]
+    if concerns_gguf(*{adapter.naming for adapter in loaded}):
+        loaded = list(in_transformers_naming(loaded, open_gguf_base(Path(base)) if base else None))
+    (one, other), _ = in_one_naming(loaded, arch)
     rows = [_row(path, one.layers.get(path), other.layers.get(path)) for path in _paths(one, other)]
     notes = [*_extra_notes(one, other)]
     differing = [row for row in rows if not row["difference"] <= tolerance]
@@ -49,18 +60,6 @@ def compare_adapters(
         "relative_difference": math.sqrt(squares / whole) if whole else 0.0,
     }
     return Report("diff", (str(first), str(second)), None, facts, tuple(rows), tuple(notes))
-
-
-def _in_one_naming(one: Adapter, other: Adapter, arch: str | None) -> tuple[Adapter, Adapter]:
-    if one.naming == other.naming:
-        return one, other
-    archs = [detect_architecture(adapter, arch) for adapter in (one, other)]
-    if archs[0].id != archs[1].id:
-        raise InputError(
-            f"the adapters are for different models: {archs[0].title} and {archs[1].title}",
-            hint="compare adapters of one architecture, or settle it with --arch",
-        )
-    return translate(one, archs[0], "diffusers"), translate(other, archs[0], "diffusers")
 
 
 def _paths(one: Adapter, other: Adapter) -> list[str]:

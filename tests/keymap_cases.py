@@ -33,8 +33,9 @@ def _expand(template: str, count: int) -> Iterator[str]:
 
 
 def all_rows(component: Component) -> tuple[Row | Fused, ...]:
-    """Return the component's rows in all dialects."""
-    return (*component.rows, *component.comfyui, *component.checkpoint_rows)
+    """Return the component's rows in all dialects, but those of no matrix."""
+    rows = (*component.rows, *component.comfyui, *component.checkpoint_rows)
+    return tuple(row for row in rows if isinstance(row, Fused) or not row.vectors)
 
 
 def part_sizes(row: Fused) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from loratools._cli.batch import output_for, split_inputs
 from loratools._cli.options import (
     ARCH,
     DRY_RUN,
-    DTYPE,
     OUTPUT,
     OVERWRITE,
     PATH,
@@ -26,6 +25,7 @@ from loratools._cli.startup import import_torch
     epilog=examples(
         "loratools convert style.safetensors -o style-diffusers.safetensors --to diffusers",
         "loratools convert loras/*.safetensors -o converted --to comfyui --dtype fp16",
+        "loratools convert my-adapter -o my-adapter.gguf --to gguf --base my-model",
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
@@ -35,14 +35,23 @@ from loratools._cli.startup import import_torch
     "--base",
     type=PATH,
     metavar="BASE",
-    help="A checkpoint whose tensor names serve as vocabulary.",
+    help="A checkpoint whose tensor names serve as vocabulary; for GGUF, the language model.",
 )
 @ARCH
-@DTYPE
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    type=click.Choice(["keep", "fp32", "bf16", "fp16", "q8_0"]),
+    help="Type of the output's tensors; q8_0 in GGUF alone.",
+)
 @click.option(
     "--repair",
     type=click.Choice(["split-qkv-alpha"]),
     help="Mend a known fault: alpha of fused projections saved by split_qkv.",
+)
+@click.option(
+    "--network", metavar="NETWORK", help="Convert one network alone, such as transformer_2."
 )
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @OVERWRITE

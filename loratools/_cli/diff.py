@@ -22,8 +22,14 @@ from loratools._cli.startup import import_torch
 @click.argument("second", type=PATH, metavar="B")
 @ARCH
 @click.option(
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The language model of GGUF adapters, where they do not tell.",
+)
+@click.option(
     "--tolerance",
-    type=float,
+    type=click.FloatRange(min=0),
     default=1e-5,
     show_default=True,
     help="Largest relative difference of ΔW that counts as the same.",

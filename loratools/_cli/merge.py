@@ -50,6 +50,13 @@ COMPAT = ("comfyui", "lycoris", "sd-scripts", "a1111")
     help="Fold as this tool does where that is not the formula.",
 )
 @click.option(
+    "--quant",
+    default="keep",
+    show_default=True,
+    metavar="TYPE",
+    help="Type of touched tensors of a GGUF base: keep, dequantize, q8_0, q6_k ...",
+)
+@click.option(
     "--residual-base",
     is_flag=True,
     help="BASE already lacks what PiSSA, OLoRA, CorDA ... took out of it.",
@@ -61,7 +68,7 @@ def command(base: str, adapters: Strengths, out: Output, **options: Any) -> None
     """Fold ADAPTERs into BASE and write the merged model.
 
     BASE is a Hugging Face folder, a diffusers pipeline or component folder, or one .safetensors
-    file. Each ADAPTER, of any format, may carry a strength after its last colon. Everything no
+    or .gguf file. Each ADAPTER, of any format, may carry a strength after its last colon. Everything no
     adapter touches is copied byte for byte; every adapter tensor must find its place, or nothing
     is written.
     """

@@ -69,14 +69,16 @@ class PathParam(click.ParamType):  # type: ignore[type-arg]
 Strengths = tuple[tuple[str, float], ...]
 
 
-def adapters_argument(*, required: bool) -> Callable[[Command], Command]:
+def adapters_argument(
+    *, required: bool, word: str = "STRENGTH"
+) -> Callable[[Command], Command]:
     """Return the decorator for ``ADAPTER[:STRENGTH]...``."""
     return click.argument(
         "adapters",
         nargs=-1,
         required=required,
         type=StrengthParam(),
-        metavar="ADAPTER[:STRENGTH]...",
+        metavar=f"ADAPTER[:{word}]...",
     )
 
 

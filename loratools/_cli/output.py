@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from loratools._cli.spectrum_text import PRESENTERS, rows_of
 from loratools.errors import LoratoolsError
 from loratools.report import SCHEMA, Json, Note, Report
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _NOTES_SHOWN = 8
 _WORDS_SHOWN = 16
+_LINE = 90
+"""Characters of a fact's line, its title not counted."""
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
@@ -115,7 +118,7 @@ class Output:
                     click.echo(f"  {title:<20} {line}")
                     title = ""
         if report.items and self.verbose:
-            _table(report.items)
+            _table(rows_of(report))
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Progress | None]:
@@ -146,7 +149,11 @@ _DONE = {
     "unmerge": ("unmerged", "would unmerge"),
     "inspect": ("", ""),
     "convert": ("converted", "would convert"),
+    "compose": ("composed", "would compose"),
     "diff": ("compared", "compared"),
+    "extract": ("extracted", "would extract"),
+    "rebase": ("rebased", "would rebase"),
+    "resize": ("resized", "would resize"),
 }
 
 
@@ -155,20 +162,49 @@ def _headline(report: Report) -> str:
     verb = planned if report.dry_run else done
     target = f" -> {report.output}" if report.output else ""
     suffix = " (dry run: nothing was written)" if report.dry_run else ""
-    joint = {"unmerge": " - ", "diff": " and "}.get(report.operation, " + ")
+    joint = {
+        "unmerge": " - ",
+        "diff": " and ",
+        "inspect": ", ",
+        "extract": " to ",
+        "rebase": ", ",
+    }.get(report.operation, " + ")
     return f"{verb} {joint.join(report.inputs)}".strip() + target + suffix
 
 
 def _lines(name: str, value: Json) -> list[str]:
     """Return a fact's lines: one for each adapter, one for anything else."""
     if name == "adapters":
-        return [
-            f"{one['path']} (strength {one['strength']:g}, {_layers(one['layers'])})"
-            for one in value
-        ]
+        word = "weight" if "weight" in value[0] else "strength"
+        return [f"{one['path']} ({word} {one[word]:g}, {_layers(one['layers'])})" for one in value]
     if name in ("ranks", "alphas"):
-        return [", ".join(f"{key} in {_layers(count)}" for key, count in value.items())]
+        return _packed([f"{key} in {_layers(count)}" for key, count in value.items()])
+    if name == "choices":
+        return ["; ".join(_choice_words(row)) for row in value]
+    if name in PRESENTERS:
+        return PRESENTERS[name](value)
+    if isinstance(value, Mapping):
+        return _packed(_words(value))
     return [_value(name, value)]
+
+
+def _packed(words: Sequence[str]) -> list[str]:
+    """Return words with commas between them, on lines that a terminal can hold."""
+    lines: list[str] = []
+    for position, word in enumerate(words):
+        piece = word + "," if position < len(words) - 1 else word
+        if lines and len(lines[-1]) + len(piece) < _LINE:
+            lines[-1] += " " + piece
+        else:
+            lines.append(piece)
+    return lines
+
+
+def _choice_words(row: Mapping[str, Json]) -> Iterator[str]:
+    """Yield what one line of a what-if table says, the choice's name first."""
+    for name, value in row.items():
+        title = "" if name == "choice" else f"{name.replace('_', ' ')} "
+        yield f"{title}{_value(name, value)}"
 
 
 def _value(name: str, value: Json) -> str:
@@ -177,12 +213,18 @@ def _value(name: str, value: Json) -> str:
     if isinstance(value, (int, float)):
         return _number(name, value)
     if isinstance(value, Mapping):
-        words = [f"{key}: {_value('', item)}" for key, item in value.items()]
-        more = [f"... {len(words) - _WORDS_SHOWN} more"] if len(words) > _WORDS_SHOWN else []
-        return ", ".join([*words[:_WORDS_SHOWN], *more])
+        return ", ".join(_words(value))
+    if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+        return "x".join(map(str, value))
     if isinstance(value, list):
         return "; ".join(_value("", item) for item in value)
     return str(value)
+
+
+def _words(value: Mapping[str, Json]) -> list[str]:
+    words = [f"{key}: {_value('', item)}" for key, item in value.items()]
+    more = [f"... {len(words) - _WORDS_SHOWN} more"] if len(words) > _WORDS_SHOWN else []
+    return [*words[:_WORDS_SHOWN], *more]
 
 
 def _layers(count: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from loratools._cli.options import (
+    ARCH,
     DEVICE,
     DRY_RUN,
     OUTPUT,
@@ -35,6 +36,7 @@ from loratools._cli.startup import import_torch
     "--base", type=PATH, metavar="BASE", help="The model they were merged into: restores exactly."
 )
 @DEVICE
+@ARCH
 @OVERWRITE
 @DRY_RUN
 @output_options

@@ -15,17 +15,34 @@ from loratools.linalg.factored import SVD, factored_svd
 def delta_svd(delta: AdditiveDelta, device: str | torch.device = "cpu") -> SVD:
     """Return the SVD of ΔW as a matrix (out, in·k...), in float32, scale included.
 
-    From the factors where an exact low-rank view has fewer columns than the matrix has sides,
-    else from the dense matrix.
+    From the factors, in float64, where an exact low-rank view has fewer columns than the matrix
+    has sides, else from the dense matrix.
     """
-    plain = delta.low_rank()
-    rows = delta.weight_shape[0]
-    columns = math.prod(delta.weight_shape[1:])
-    if plain is not None and plain.rank < min(rows, columns):
-        up, down = plain.factors(device)
-        return factored_svd(up * plain.scale, down)
+    rows, columns = matrix_shape(delta)
+    plain = factored_view(delta)
+    if plain is not None:
+        up, down = (factor.to(torch.float64) for factor in plain.factors(device))
+        found = factored_svd(up * plain.scale, down)
+        return SVD(found.left.float(), found.values.float(), found.right.float())
     dense = delta.materialize().to(device).reshape(rows, columns)
     return SVD(*torch.linalg.svd(dense, full_matrices=False))
+
+
+def matrix_shape(delta: AdditiveDelta) -> tuple[int, int]:
+    """Return (out, in·k...): the matrix whose singular values a layer is said to have."""
+    out, *rest = delta.weight_shape
+    return out, math.prod(rest)
+
+
+def factored_view(delta: AdditiveDelta) -> LoRA | None:
+    """Return the exact low-rank view, unless the dense matrix is no larger a problem.
+
+    A stored LoRA is always taken at its factors.
+    """
+    if isinstance(delta, LoRA):
+        return delta
+    plain = delta.low_rank()
+    return plain if plain is not None and plain.rank < min(matrix_shape(delta)) else None
 
 
 def lora_from_svd(
@@ -42,7 +59,7 @@ def lora_from_svd(
     Args:
         found: (out, k), (k,) and (k, in·k...).
         weight_shape: (out, in[, k...]); a convolution gets ``up`` (out, k, 1...).
-        scale: alpha / rank of the result; the factors are divided by it.
+        scale: alpha / rank of the result, not 0; the factors are divided by it.
         dtype: of the stored factors.
         balanced: √S on both sides (both factors stay small: float16 holds them); else all in up.
         role: of the layer.

@@ -65,6 +65,12 @@ FORMATS: tuple[FormatRow, ...] = (
         ("lora", "dora", "replacement"),
     ),
     FormatRow(
+        "gguf",
+        "GGUF (llama.cpp, Ollama)",
+        "loratools.formats.gguf",
+        ("lora", "expert_lora"),
+    ),
+    FormatRow(
         "diffusers-old",
         "diffusers of 2023 (attention processors)",
         "loratools.formats.diffusers_old",
@@ -120,7 +126,12 @@ def detect_format(listing: Listing, source: str) -> Format:
             f"{source}: fits several adapter formats ({names})",
             hint="please report this file's key names",
         )
-    sample = ", ".join(list(listing.shapes)[:3]) or "no tensors at all"
+    if not listing.shapes:
+        raise UnknownFormatError(
+            f"{source}: holds no tensors at all",
+            hint="the file is empty: fetch or train the adapter again",
+        )
+    sample = ", ".join(list(listing.shapes)[:3])
     raise UnknownFormatError(
         f"{source}: not in an adapter format that loratools knows (keys such as {sample})",
         hint="`loratools formats` lists the formats; a PEFT file needs its adapter_config.json "

@@ -27,6 +27,7 @@ DENOISER = re.compile(
 """Words in module names that only image and video models have (and MPT's blocks)."""
 
 _CLONEOFSIMO = re.compile(r"^(?:unet|text_encoder):\d+:(?:up|down)$")
+_GGUF = re.compile(r"\.weight\.lora_[ab]$")
 _PROCESSOR = re.compile(r"(?:^|\.)processor\.")
 _XLABS = re.compile(r"^(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.")
 _OLD = re.compile(r"(?:_lora|\.lora|\.lora_linear_layer)\.(?:down|up)\.weight$")
@@ -122,11 +123,16 @@ def _is_diffusers(names: list[str], listing: Listing) -> bool:
     return any(map(_DIFFUSERS.match, names)) and _is_dotted(names)
 
 
+def _is_gguf(names: list[str], listing: Listing) -> bool:
+    return listing.metadata.get("general.type") == "adapter" and any(map(_GGUF.search, names))
+
+
 def _is_control_lora(names: list[str], listing: Listing) -> bool:
     return CONTROL_MARKER in names
 
 
 _RULES: tuple[tuple[str, _Rule], ...] = (
+    ("gguf", _is_gguf),
     ("cloneofsimo", _some(_CLONEOFSIMO)),
     ("comfyui", _is_control_lora),
     ("kohya", _is_flattened),

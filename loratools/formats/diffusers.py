@@ -29,6 +29,8 @@ _TITLE = "diffusers (pytorch_lora_weights.safetensors)"
 _NORMS = frozenset({"norm_q", "norm_k", "norm_added_q", "norm_added_k"})
 # transformers 5.6 dropped this level from CLIP's module names; a pattern without it fits both.
 _DROPPED_LEVEL = "text_model."
+_WAN_TEXT_KEY = re.compile(r"(blocks\.\d+\.attn2\.)to_k")
+_IMAGE_LEAVES = ("add_k_proj", "add_v_proj")
 
 
 def read(bundle: Bundle) -> Adapter:
@@ -155,11 +157,28 @@ def _config_fields(layers: Mapping[str, LayerDelta]) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": _patterns(ranks, rank),
+        "rank_pattern": _patterns(ranks | _image_ranks(ranks), rank),
         "alpha_pattern": _patterns(alphas, alpha),
         "target_modules": sorted(path.removeprefix(_DROPPED_LEVEL) for path in loras),
         "use_dora": any(isinstance(delta, DoRA) for delta in layers.values()),
         "lora_bias": any(lora.bias is not None for lora in loras.values()),
+    }
+
+
+def _image_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return the ranks of projections that diffusers adds when it loads a Wan text-to-video file.
+
+    An image-to-video model gets zeros for them, of the rank of ``to_k`` beside them, and PEFT must
+    expect that rank. Where a model lacks them the words are without effect.
+    """
+    if any(path.endswith(_IMAGE_LEAVES) for path in ranks):
+        return {}
+    found = {path: _WAN_TEXT_KEY.fullmatch(path) for path in ranks}
+    return {
+        f"{match[1]}{leaf}": ranks[path]
+        for path, match in found.items()
+        if match
+        for leaf in _IMAGE_LEAVES
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,7 @@ class Format:
         losses: Adapter → what ``write`` would refuse, as module path or extra → reason; ``None``
             where only ``write`` knows.
         read_only: whether ``write`` always refuses, because no tool needs such files any more.
+        container: what its weights file is.
     """
 
     name: str
@@ -76,3 +77,4 @@ class Format:
     weights_file: str | None = None
     losses: Callable[[Adapter], Mapping[str, str]] | None = None
     read_only: bool = False
+    container: Literal["safetensors", "gguf"] = "safetensors"

@@ -38,7 +38,7 @@ _NETWORKS: Mapping[str, str] = {
     "sd3": "networks.lora_sd3",
     "lumina2": "networks.lora_lumina",
     "anima": "networks.lora_anima",
-    "hunyuan_image": "networks.lora_hunyuan_image",
+    "hunyuan-image-2.1": "networks.lora_hunyuan_image",
 }
 _IMPLEMENTATIONS: tuple[tuple[str, str], ...] = (
     ("flux", "https://github.com/black-forest-labs/flux"),

@@ -17,6 +17,7 @@ from loratools.formats.module_fields import build_delta
 from loratools.formats.module_tensors import Context, Module
 from loratools.formats.parameters import is_carried
 from loratools.linalg.gram import product_norm
+from loratools.suggest import counted
 
 Split = Callable[[str], tuple[str, str] | None]
 """From a key to module path and field, or None if the key is unknown."""
@@ -83,7 +84,8 @@ def read_modules(bundle: Bundle, split: Split, *, ignore_config: bool = False) -
     layers = _without_repeats(layers, context.notes, bundle.source)
     if context.without_alpha:
         context.notes.append(
-            f"no alpha is stated for {context.without_alpha} modules: taken as the rank (scale 1)"
+            f"no alpha is stated for {counted(context.without_alpha, 'module')}: taken as the rank "
+            "(scale 1)"
         )
     return Parsed(layers, extras, context.notes)
 

@@ -37,10 +37,6 @@ PARAMETER_ORDER = ("gate_up_proj", "up_proj", "down_proj")
 READABLE_TYPES = ("LORA", "TRAINABLE_TOKENS")
 
 _REFUSED_FIELDS: Mapping[str, tuple[str, str]] = {
-    "alora_invocation_tokens": (
-        "an activated LoRA acts only after its invocation tokens, so no fixed weight equals it",
-        "serve it as an adapter",
-    ),
     "arrow_config": (
         "Arrow routes between adapters at run time, so no fixed weight equals it",
         "merge one of its adapters by itself",
@@ -137,16 +133,47 @@ class PeftConfig:
     def targets(self, module: str) -> bool:
         """Return whether ``target_modules`` selects a module; True where it cannot tell."""
         words = self.fields.get("target_modules")
-        if isinstance(words, str) and words.lower() != "all-linear":
-            try:
-                return re.fullmatch(words, module) is not None
-            except re.error:
-                return True
-        if not isinstance(words, list) or not words or self.fields.get("target_parameters"):
-            return True
+        told = words and isinstance(words, (str, list)) and not self.fields.get("target_parameters")
+        return not told or self._names(module)
+
+    def _names(self, module: str) -> bool:
+        """Return whether ``target_modules``, which is set, names a module."""
+        words = self.fields["target_modules"]
+        if isinstance(words, str):
+            return self.targets_everything or _fits(words, module)
         # nn.MultiheadAttention is one target with two projections.
         owner = module.removesuffix(".out_proj")
         return any(f".{m}".endswith(f".{w}") for w in words for m in (module, owner))
+
+    @property
+    def targets_everything(self) -> bool:
+        """Whether ``target_modules`` says no more than that all linear layers are meant."""
+        return str(self.fields.get("target_modules")).lower() == "all-linear"
+
+    def selects(self, module: str) -> bool:
+        """Return whether PEFT adapts a module of this name, by every word that narrows it."""
+        if not self.fields.get("target_modules") or not self._names(module):
+            return False
+        excluded = self.fields.get("exclude_modules") or []
+        if isinstance(excluded, str):
+            left_out = _fits(excluded, module)
+        else:
+            left_out = any(f".{module}".endswith(f".{name}") for name in excluded)
+        saved = [*(self.fields.get("modules_to_save") or []), *self._head_names()]
+        left_out |= any(f".{name}." in f".{module}." for name in saved)
+        return not left_out and self._transforms(module)
+
+    def _transforms(self, module: str) -> bool:
+        """Return whether ``layers_to_transform`` has the module's layer, or is not set."""
+        wanted = self.fields.get("layers_to_transform")
+        if wanted in (None, []) or isinstance(self.fields.get("target_modules"), str):
+            return True
+        # The first number after a name counts; experts have later ones.
+        patterns = self.fields.get("layers_pattern") or r"[^.]*"
+        names = [patterns] if isinstance(patterns, str) else patterns
+        hits = (re.match(rf"(?:|.*?\.){name}\.(\d+)\.", module) for name in names)
+        hit = next((hit for hit in hits if hit), None)
+        return hit is not None and int(hit[1]) in (wanted if isinstance(wanted, list) else [wanted])
 
     @property
     def swaps_parameter_axes(self) -> bool:
@@ -192,6 +219,15 @@ class PeftConfig:
         if not math.isfinite(value):
             raise MalformedAdapterError(f"{self.source}: {field} is {value}")
         return float(value)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Return whether an expression of target_modules or exclude_modules is all of the path."""
+    try:
+        return re.fullmatch(pattern, module) is not None
+    except re.error:
+        # PEFT could not have used it, so the file's own layers are all there is to go by.
+        return True
 
 
 def pattern_matches(pattern: str, module: str, where: str) -> bool:

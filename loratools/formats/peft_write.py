@@ -52,6 +52,7 @@ _CARRIED: Mapping[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False, None),
     "modules_to_save": (None, []),
     "kasa_config": (None,),
+    "alora_invocation_tokens": (None, []),
 }
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 

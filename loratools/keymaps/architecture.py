@@ -31,6 +31,8 @@ class Row:
         inputs: how many inputs the released models have here, where that tells them from a
             relative with the same names; empty: any number.
         transposed: whether the original stores (in, out) where diffusers stores (out, in).
+        vectors: how many vectors the original holds end to end, (n·D,), where diffusers has a
+            table of them, (n, D); 0: both have the same shape.
     """
 
     original: str
@@ -38,6 +40,7 @@ class Row:
     order: Order = "same"
     inputs: tuple[int, ...] = ()
     transposed: bool = False
+    vectors: int = 0
 
     @property
     def parts(self) -> tuple[str, ...]:

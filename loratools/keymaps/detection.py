@@ -5,21 +5,34 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from loratools.adapter import Adapter
 from loratools.errors import UnknownArchitectureError
 from loratools.keymaps.architecture import Architecture
 from loratools.keymaps.base_names import stem
+from loratools.keymaps.near_names import nearest_of_all
 from loratools.keymaps.registry import ARCHITECTURES
 from loratools.keymaps.vocabulary import vocabulary_of
-from loratools.suggest import did_you_mean
+from loratools.suggest import counted, did_you_mean
 
 Widths = Mapping[str, int | None]
 """Module path → number of inputs of its weight, ``None`` where it has none."""
 
 _PLACEHOLDER = re.compile(r"\{\w+\}")
+# Names that language models have too: alone they tell nothing.
+_LANGUAGE = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
+# Names that no language model and no plain vision transformer has.
+_DIFFUSION = re.compile(
+    r"(?:^|\.)(?:(?:single_)?transformer_blocks|(?:double|single|joint)_blocks"
+    r"|(?:double|single)_layers|(?:double|single)_stream_blocks|(?:noise|context)_refiner"
+    r"|(?:down|up|input|output)_blocks|mid_block|middle_block|adaLN_modulation\w*"
+    r"|to_[qkv]|to_out|cross_attn|txtfusion|text_fusion)(?:\.|$)"
+)
 _SAMPLE = 64
 _SHOWN = 4
+_LEAST = 0.5
+"""Share of an adapter's modules that an architecture must know to be the one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +52,11 @@ class Fit:
 def find_architecture(word: str) -> Architecture:
     """Return the architecture a user names; raises UnknownArchitectureError."""
     for architecture in ARCHITECTURES:
-        if architecture.id == word:
+        if architecture.id == word.lower():
             return architecture
     known = [architecture.id for architecture in ARCHITECTURES]
     raise UnknownArchitectureError(
-        f"no architecture is called {word!r}", hint=did_you_mean(word, known)
+        f"no architecture is called {word!r}", hint=did_you_mean(word.lower(), known)
     )
 
 
@@ -61,20 +74,81 @@ def detect_architecture(adapter: Adapter, arch_hint: str | None = None) -> Archi
     word = arch_hint or adapter.arch
     if word is not None:
         return find_architecture(word)
+    best = _best(adapter)
+    if len(best) > 1 and _name_alike([fit.architecture for fit in best], adapter):
+        best = best[:1]
+    if not best and adapter.naming != "transformers":
+        _refuse_names(list(adapter.layers))
+    return _only(best, len(adapter.layers), "adapter")
+
+
+def _refuse_names(paths: Sequence[str]) -> NoReturn:
+    """Raise UnknownArchitectureError for names of which no architecture knows one."""
+    shown = list(paths[:_SHOWN])
+    words = [vocabulary_of(architecture) for architecture in ARCHITECTURES]
+    near = [nearest_of_all(words, path) for path in shown]
+    lines = [
+        f"  {path}" + (f" (nearest: {', '.join(names)})" if names else "")
+        for path, names in zip(shown, near, strict=True)
+    ]
+    lines += [f"  ... and {len(paths) - _SHOWN} more"] if len(paths) > _SHOWN else []
+    raise UnknownArchitectureError(
+        f"the adapter's {counted(len(paths), 'module')} fit no known architecture:\n"
+        + "\n".join(lines),
+        hint="names of a model that loratools does not know can be written in the format that the "
+        "file is in, and in no other",
+    )
+
+
+def possible_architectures(adapter: Adapter) -> list[Architecture]:
+    """Return the architectures that explain at least half of the modules, and equally well."""
+    best = _best(adapter)
+    return [fit.architecture for fit in best if fit.known >= _LEAST * len(adapter.layers)]
+
+
+def certain_architecture(adapter: Adapter) -> Architecture | None:
+    """Return the architecture if it knows every module, and one has a name of such models alone.
+
+    For adapters whose names state no network (PEFT's): most of those are of language models.
+    """
+    if not any(_DIFFUSION.search(path) for path in adapter.layers):
+        return None
+    try:
+        found = detect_architecture(adapter)
+    except UnknownArchitectureError:
+        return None
+    words = vocabulary_of(found)
+    return found if all(words.look_up(path) for path in adapter.layers) else None
+
+
+def owners_of(paths: Iterable[str]) -> list[Architecture]:
+    """Return the architectures that know all of these modules."""
+    widths: dict[str, int | None] = dict.fromkeys(paths)
+    fits = best_fits(widths, ARCHITECTURES)
+    return [fit.architecture for fit in fits if fit.known == len(widths)]
+
+
+def _best(adapter: Adapter) -> list[Fit]:
+    """Return the fits between which nothing in the adapter decides."""
     widths = {path: _inputs(delta.weight_shape) for path, delta in adapter.layers.items()}
     best = best_fits(widths, ARCHITECTURES)
+    if adapter.naming == "transformers":
+        best = [fit for fit in best if _knows_more_than_language(fit.architecture, widths)]
     breakers: tuple[Callable[[Architecture], bool], ...] = (
         lambda arch: _is_flattened_so(arch, widths),
         lambda arch: _is_told(arch, adapter.metadata),
-        lambda arch: _signature_in(arch, widths),
         lambda arch: _has_its_blocks(arch, adapter),
+        lambda arch: _signature_in(arch, widths, by_diffusers=_are_supersets(arch, best)),
     )
     for shows in breakers:
         if len(best) > 1:
             best = [fit for fit in best if shows(fit.architecture)] or best
-    if len(best) > 1 and _name_alike([fit.architecture for fit in best], adapter):
-        best = best[:1]
-    return _only(best, len(widths), "adapter")
+    return best
+
+
+def _knows_more_than_language(architecture: Architecture, paths: Iterable[str]) -> bool:
+    words = vocabulary_of(architecture)
+    return any(words.look_up(path) for path in paths if not _LANGUAGE.search(path))
 
 
 def _has_its_blocks(architecture: Architecture, adapter: Adapter) -> bool:
@@ -155,13 +229,14 @@ def _fit(architecture: Architecture, widths: Widths) -> Fit:
     return Fit(architecture, known, contradicted)
 
 
-def _only(best: list[Fit], total: int, what: str, share: float = 0.5) -> Architecture:
+def _only(best: list[Fit], total: int, what: str, share: float = _LEAST) -> Architecture:
     if not best or best[0].known < share * total or not best[0].known:
         near = ", ".join(_describe(fit, total) for fit in best[:_SHOWN])
         raise UnknownArchitectureError(
-            f"the {what}'s {total} modules are those of no known architecture"
+            f"the {what}'s {counted(total, 'module')} fit no known architecture"
             + (f" (nearest: {near})" if near else ""),
-            hint="say which it is with --arch: " + ", ".join(a.id for a in ARCHITECTURES),
+            hint="if it is of an image or video model, say which with --arch: "
+            + ", ".join(architecture.id for architecture in ARCHITECTURES),
         )
     if len(best) > 1:
         names = " or ".join(fit.architecture.title for fit in best)
@@ -209,14 +284,31 @@ def _is_flattened_so(architecture: Architecture, paths: Iterable[str]) -> bool:
     )
 
 
-def _signature_in(architecture: Architecture, paths: Iterable[str], *, whole: bool = False) -> bool:
-    """Return whether any of the decisive modules is there, or all of them (a base's)."""
+def _are_supersets(architecture: Architecture, fits: Iterable[Fit]) -> bool:
+    """Return whether the rivals have the decisive modules too: relatives with more besides."""
+    signature = set(architecture.signature)
+    rivals = (fit.architecture.components[0].rows for fit in fits)
+    return all(signature <= {row.original for row in rows} for rows in rivals)
+
+
+def _signature_in(
+    architecture: Architecture,
+    paths: Iterable[str],
+    *,
+    whole: bool = False,
+    by_diffusers: bool = True,
+) -> bool:
+    """Return whether any of the decisive modules is there, or all of them (a base's).
+
+    What is decisive in the authors' tree may have a common name in diffusers' (``norm1.linear``):
+    ``by_diffusers`` says whether that counts.
+    """
     words = vocabulary_of(architecture)
     wanted = _signature(architecture)
     count = len(wanted)
     for path in paths:
-        for (place, _), hit in words.look_up(path).items():
-            if place == 0:
+        for (place, dialect), hit in words.look_up(path).items():
+            if place == 0 and (by_diffusers or dialect != "diffusers"):
                 wanted.difference_update(hit.paths)
         if not wanted or (not whole and len(wanted) < count):
             return True

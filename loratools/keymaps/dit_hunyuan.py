@@ -23,7 +23,7 @@ from loratools.keymaps.dit_tables import (
     transformer,
     under,
 )
-from loratools.keymaps.text_encoders import clip_l, llama_style
+from loratools.keymaps.text_encoders import clip_l, llama_style, t5
 
 _DOUBLE_PLACE = ("double_blocks.{i}", "transformer_blocks.{i}")
 _SINGLE_PLACE = ("single_blocks.{i}", "single_transformer_blocks.{i}")
@@ -162,7 +162,12 @@ _VIDEO_COMFY = (
 )
 _ENCODERS = (
     llama_style("text_encoder", "llama", kohya=("lora_te1", "lora_te")),
-    clip_l("text_encoder_2", kohya=("lora_te2",)),
+    # OneTrainer's number; ComfyUI calls any CLIP-L the first.
+    clip_l("text_encoder_2", kohya=("lora_te2", "lora_te1", "lora_te")),
+)
+_QWEN_AND_BYT5 = (
+    llama_style("text_encoder", "qwen25_7b"),
+    t5("text_encoder_2", kohya=("lora_te2",), original="byt5_small"),
 )
 _FRAMEPACK_ROWS = same(
     "clean_x_embedder.proj",
@@ -239,6 +244,7 @@ HUNYUAN_VIDEO_15 = Architecture(
             comfyui=_VIDEO15_COMFY,
             checkpoint_rows=under(*_DOUBLE_PLACE, _FUSED_ATTENTION),
         ),
+        *_QWEN_AND_BYT5,
     ),
     signature=("cond_type_embedding", "vision_in.proj.1"),
     modelspec="hunyuan-video-1.5",
@@ -278,7 +284,10 @@ _IMAGE_SPLIT = (
 HUNYUAN_IMAGE = Architecture(
     id="hunyuan-image-2.1",
     title="HunyuanImage 2.1",
-    components=(transformer(_IMAGE_ROWS, comfyui=_IMAGE_COMFY, checkpoint_rows=_IMAGE_SPLIT),),
+    components=(
+        transformer(_IMAGE_ROWS, comfyui=_IMAGE_COMFY, checkpoint_rows=_IMAGE_SPLIT),
+        *_QWEN_AND_BYT5,
+    ),
     signature=("byt5_in.fc1", "single_blocks.{i}.modulation.linear"),
     modelspec="hunyuan-image-2.1",
     base_versions=("hunyuan-image-2.1",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from loratools.keymaps.architecture import Architecture, Row
 from loratools.keymaps.dit_tables import fused, of_width, same, transformer, under
+from loratools.keymaps.text_encoders import llama_style
 
 _WIDTH = (4608,)
 _LAYER = (
@@ -28,7 +29,7 @@ _ROWS = (
 IDEOGRAM4 = Architecture(
     id="ideogram4",
     title="Ideogram 4",
-    components=(transformer(_ROWS),),
+    components=(transformer(_ROWS), llama_style("text_encoder", "qwen3vl_8b")),
     signature=("llm_cond_proj", "layers.{i}.attention.qkv"),
     modelspec="Ideogram-4",
     base_versions=("ideogram4",),
@@ -56,7 +57,7 @@ _ERNIE_ROWS = (
 ERNIE_IMAGE = Architecture(
     id="ernie-image",
     title="ERNIE-Image",
-    components=(transformer(_ERNIE_ROWS),),
+    components=(transformer(_ERNIE_ROWS), llama_style("text_encoder", "ministral3_3b")),
     signature=("layers.{i}.self_attention.to_q", "layers.{i}.mlp.linear_fc2"),
     base_versions=("ernie_image",),
 )

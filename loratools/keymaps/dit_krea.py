@@ -1,14 +1,14 @@
 """Rows of Krea 2.
 
-Source: diffusers 0.42.1 ``single_file_utils.py``.
-
-Not mapped: ``blocks.{i}.mod.lin``, six vectors in a row that diffusers holds as a (6, D) table.
+Source: diffusers 0.42.1 ``single_file_utils.py``. A block's modulation is six vectors end to end,
+which diffusers holds as a (6, D) table.
 """
 
 from __future__ import annotations
 
 from loratools.keymaps.architecture import Architecture, Row
 from loratools.keymaps.dit_tables import of_width, scales, transformer, under
+from loratools.keymaps.text_encoders import llama_style
 
 _LINEARS = (
     Row("attn.wq", "attn.to_q"),
@@ -43,6 +43,7 @@ _ROWS = (
         for row in under(original, ours, (*of_width((width,), _LINEARS), *_DOWN))
     ),
     *_NORMS,
+    Row("blocks.{i}.mod.lin", "transformer_blocks.{i}.scale_shift_table", vectors=6),
     Row("txtfusion.projector", "text_fusion.projector"),
     Row("first", "img_in"),
     Row("tmlp.0", "time_embed.linear_1"),
@@ -57,7 +58,10 @@ _ROWS = (
 KREA2 = Architecture(
     id="krea2",
     title="Krea 2",
-    components=(transformer(_ROWS, checkpoint_rows=scales(_NORMS)),),
+    components=(
+        transformer(_ROWS, checkpoint_rows=scales(_NORMS)),
+        llama_style("text_encoder", "qwen3vl_4b"),
+    ),
     signature=("txtfusion.projector",),
     modelspec="Krea-2",
     base_versions=("krea2",),

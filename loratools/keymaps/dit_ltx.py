@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from loratools.keymaps.architecture import Architecture, Component, Row
 from loratools.keymaps.dit_tables import of_width, same, transformer, under
+from loratools.keymaps.text_encoders import llama_style, t5
 
 _MODULATION = same("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
 _NORMS = (Row("q_norm", "norm_q"), Row("k_norm", "norm_k"))
@@ -38,6 +39,7 @@ LTX = Architecture(
     title="LTX-Video",
     components=(
         transformer((*under("transformer_blocks.{i}", "transformer_blocks.{i}", _BLOCK), *_ENDS)),
+        t5("text_encoder", kohya=("lora_te", "lora_te1")),
     ),
     signature=("patchify_proj", "adaln_single.linear"),
 )
@@ -114,6 +116,7 @@ LTX2 = Architecture(
             kohya=("lora_te_text_embedding_projection",),
             rows=_PROJECTION_ROWS,
         ),
+        llama_style("text_encoder", "gemma3_12b"),
     ),
     signature=("av_ca_a2v_gate_adaln_single.linear", "audio_patchify_proj"),
 )

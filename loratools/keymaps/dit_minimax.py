@@ -3,14 +3,16 @@
 Source: diffusers 0.42.1 ``single_file_utils.py``; the fused projection is [q; k; v], as in every
 published single file.
 
-Not mapped: ``adaln_t_table`` of pruned checkpoints; the authors' own shards (and DiffSynth's
-adapters), which interleave query, key and value head by head under the same names.
+Not mapped: ``adaln_t_table`` of pruned checkpoints; the authors' own shards, which interleave
+query, key and value head by head under the same names (``formats.peft_dump`` puts DiffSynth's
+adapters of those in order).
 """
 
 from __future__ import annotations
 
 from loratools.keymaps.architecture import Architecture, Row
 from loratools.keymaps.dit_tables import fused, of_width, same, transformer, under
+from loratools.keymaps.text_encoders import llama_style
 
 _BLOCK = (
     *of_width((5376,), (fused("attn.qkv_proj", "attn"),)),
@@ -39,6 +41,6 @@ _ROWS = (
 MINIMAX_H3 = Architecture(
     id="minimax-h3",
     title="MiniMax-H3",
-    components=(transformer(_ROWS),),
+    components=(transformer(_ROWS), llama_style("text_encoder", "qwen3vl_32b")),
     signature=("token_refiner.blocks.{i}.attn.qkv_proj", "video_patch_proj"),
 )

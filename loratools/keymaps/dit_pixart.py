@@ -4,7 +4,9 @@ Source: PixArt: ComfyUI ``utils.py`` (``pixart_to_diffusers``) and diffusers'
 ``scripts/convert_pixart_alpha_to_diffusers.py``; Sana: diffusers 0.42.1 ``single_file_utils.py``.
 Sana's feed-forward is made of convolutions, one of them depthwise.
 
-Not mapped: ``y_embedder.y_embedding`` (a buffer); Sana Sprint's guidance embedder.
+Sana Sprint: diffusers' ``scripts/convert_sana_to_diffusers.py``.
+
+Not mapped: ``y_embedder.y_embedding`` (a buffer).
 """
 
 from __future__ import annotations
@@ -55,25 +57,44 @@ PIXART = Architecture(
 
 # -------------------------------------------------------------------------------------- Sana
 
+_QK_NORMS = (Row("q_norm", "norm_q"), Row("k_norm", "norm_k"))
 _SANA_BLOCK = (
     *of_width((2240, 1152), _ATTENTION),
     Row("mlp.inverted_conv.conv", "ff.conv_inverted"),
     Row("mlp.depth_conv.conv", "ff.conv_depth"),
     Row("mlp.point_conv.conv", "ff.conv_point"),
+    # of Sana 1.5 and Sprint
+    *under("attn", "attn1", _QK_NORMS),
+    *under("cross_attn", "attn2", _QK_NORMS),
     *same("scale_shift_table"),
 )
-_SANA_ROWS = (
+_SANA_COMMON = (
     *under("blocks.{i}", "transformer_blocks.{i}", _SANA_BLOCK),
     *_ENDS,
     Row("x_embedder.proj", "patch_embed.proj"),
-    *under("t_embedder", "time_embed.emb.timestep_embedder", _MLP),
     Row("t_block.1", "time_embed.linear"),
     Row("attention_y_norm", "caption_norm"),
 )
+_SANA_ROWS = (*_SANA_COMMON, *under("t_embedder", "time_embed.emb.timestep_embedder", _MLP))
+_SPRINT_ROWS = (
+    *_SANA_COMMON,
+    *under("t_embedder", "time_embed.timestep_embedder", _MLP),
+    *under("cfg_embedder", "time_embed.guidance_embedder", _MLP),
+)
+_SANA_BLOCKS = (("transformer_blocks", 20),)
 
 SANA = Architecture(
     id="sana",
     title="Sana",
     components=(transformer(_SANA_ROWS), llama_style("text_encoder", "gemma2_2b")),
     signature=("blocks.{i}.cross_attn.kv_linear", "blocks.{i}.mlp.inverted_conv.conv"),
+    blocks=_SANA_BLOCKS,
+)
+
+SANA_SPRINT = Architecture(
+    id="sana-sprint",
+    title="Sana Sprint",
+    components=(transformer(_SPRINT_ROWS), llama_style("text_encoder", "gemma2_2b")),
+    signature=("cfg_embedder.mlp.0",),
+    blocks=_SANA_BLOCKS,
 )

@@ -70,6 +70,7 @@ QWEN_IMAGE_21 = Architecture(
         transformer(
             _ROWS21, comfyui=under("transformer_blocks.{i}", "transformer_blocks.{i}", (_GATE_UP,))
         ),
+        llama_style("text_encoder", "qwen3vl_8b"),
     ),
     signature=("txt_in.text_norm", "modulation.1"),
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from loratools.keymaps.architecture import Architecture, Fused, Row
 from loratools.keymaps.dit_tables import of_width, same, transformer, under
+from loratools.keymaps.text_encoders import t5
 
 _WIDTHS = (5120, 1536, 3072, 2048)  # 14B, 1.3B, 2.2 TI2V 5B, SkyReels in diffusers
 _BLOCK = (
@@ -106,7 +107,10 @@ _ROWS = (
 WAN = Architecture(
     id="wan",
     title="Wan 2.1 / 2.2",
-    components=(transformer(_ROWS),),
+    components=(
+        transformer(_ROWS),
+        t5("text_encoder", kohya=("lora_te", "lora_te1"), original="umt5xxl"),
+    ),
     signature=("blocks.{i}.self_attn.q", "head.modulation"),
     modelspec="wan2.1",
     base_versions=("wan",),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loratools.deltas import AdditiveDelta, LayerDelta
+from loratools.deltas import AdditiveDelta, FullDelta, LayerDelta, Replacement
 from loratools.deltas.fusing import fuse_rows
 from loratools.errors import MatchError, UnsupportedError
 from loratools.keymaps.architecture import Fused, Row
@@ -44,6 +44,55 @@ def swap_halves(delta: LayerDelta) -> LayerDelta:
     if rows % 2:
         raise MatchError(f"{rows} rows have no two halves to swap")
     return delta.permute_rows([*range(rows // 2, rows), *range(rows // 2)])
+
+
+def in_diffusers_layout(row: Row | Fused | None, delta: LayerDelta) -> LayerDelta:
+    """Return a change of the row's one module as diffusers stores that.
+
+    Raises:
+        MatchError: rows that do not divide as the row says.
+    """
+    if not isinstance(row, Row):
+        return delta
+    if row.vectors:
+        size = math.prod(delta.weight_shape)
+        if size % row.vectors:
+            raise MatchError(f"{size} numbers are not {row.vectors} vectors")
+        return _of_shape(delta, (row.vectors, size // row.vectors))
+    if row.transposed and isinstance(delta, Replacement):
+        return _turned(delta)
+    return swap_halves(delta) if is_swapped(row, delta) else delta
+
+
+def in_own_layout(row: Row | Fused, delta: LayerDelta) -> LayerDelta:
+    """Return a change of one of diffusers' modules as the row's own dialect stores it."""
+    if not isinstance(row, Row):
+        return delta
+    if row.vectors:
+        return _of_shape(delta, (math.prod(delta.weight_shape),))
+    if row.transposed and isinstance(delta, Replacement):
+        return _turned(delta)
+    return swap_halves(delta) if is_swapped(row, delta) else delta
+
+
+def has_same_layout(one: Row | Fused | None, other: Row | Fused | None) -> bool:
+    """Return whether two rows of a module store it alike; ``None`` is diffusers' way."""
+    return _way(one) == _way(other)
+
+
+def _way(row: Row | Fused | None) -> tuple[object, ...]:
+    return (row.order, row.vectors, row.transposed) if isinstance(row, Row) else ("same", 0, False)
+
+
+def _turned(delta: Replacement) -> Replacement:
+    """Return a full tensor as (in, out); deltas are turned when they are folded."""
+    return delta.map_tensors(lambda tensor: tensor.T.contiguous())
+
+
+def _of_shape(delta: LayerDelta, shape: tuple[int, ...]) -> LayerDelta:
+    if not isinstance(delta, FullDelta | Replacement):
+        raise UnsupportedError(f"a {delta.kind} cannot be of a table of vectors")
+    return delta.map_tensors(lambda tensor: tensor.reshape(shape))
 
 
 def split_sizes(row: Fused, delta: LayerDelta) -> tuple[int, ...]:

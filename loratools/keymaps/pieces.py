@@ -26,8 +26,8 @@ class Piece:
         parts: Sequence[LayerDelta | None] = [self.delta]
         if isinstance(row, Fused):
             parts = layout.split(row, self.delta)
-        elif layout.is_swapped(row, self.delta):
-            parts = [layout.swap_halves(self.delta)]
+        else:
+            parts = [layout.in_diffusers_layout(row, self.delta)]
         for path, part in zip(paths, parts, strict=True):
             if part is not None:
                 hit = Hit(self.hit.component, (path,), None, {}, path)
@@ -76,6 +76,8 @@ def is_same_layout(hit: Hit, row: Row | Fused) -> bool:
 
 
 def reordered(piece: Piece, row: Row | Fused) -> Piece:
-    """Return the piece with its halves as the target's row has them."""
-    swap = layout.is_swapped(piece.hit.row, piece.delta) != layout.is_swapped(row, piece.delta)
-    return replace(piece, delta=layout.swap_halves(piece.delta)) if swap else piece
+    """Return the piece with its halves and its shape as the target's row has them."""
+    if layout.has_same_layout(piece.hit.row, row):
+        return piece
+    ours = layout.in_diffusers_layout(piece.hit.row, piece.delta)
+    return replace(piece, delta=layout.in_own_layout(row, ours))

@@ -18,7 +18,7 @@ from loratools.keymaps.dit_krea import KREA2
 from loratools.keymaps.dit_ltx import LTX, LTX2
 from loratools.keymaps.dit_minimax import MINIMAX_H3
 from loratools.keymaps.dit_mochi import MOCHI
-from loratools.keymaps.dit_pixart import PIXART, SANA
+from loratools.keymaps.dit_pixart import PIXART, SANA, SANA_SPRINT
 from loratools.keymaps.dit_qwen import QWEN_IMAGE, QWEN_IMAGE_21
 from loratools.keymaps.dit_sd3 import SD3
 from loratools.keymaps.dit_wan import WAN
@@ -55,6 +55,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     MINIMAX_H3,
     PIXART,
     SANA,
+    SANA_SPRINT,
     MOCHI,
     HIDREAM,
 )

@@ -11,6 +11,8 @@ from loratools.keymaps.architecture import Component, Fused, Row
 _CLIP_ROOT = "text_model."
 _CLIP_LAYER = _CLIP_ROOT + "encoder.layers.{i}."
 _OPEN_CLIP_LAYER = "transformer.resblocks.{i}."
+# ComfyUI knows T5 and language models without the encoder's own name too.
+_ANY_ENCODER = "text_encoders.transformer."
 
 
 def clip_l(
@@ -80,7 +82,7 @@ def t5(
     from CLIP.
     """
     own = f"text_encoders.{original}.transformer"
-    return Component(name, own, (own + ".",), kohya, _same(_T5_NAMES))
+    return Component(name, own, (own + ".", _ANY_ENCODER), kohya, _same(_T5_NAMES))
 
 
 def llama_style(
@@ -88,15 +90,14 @@ def llama_style(
 ) -> Component:
     """Return a decoder used as text encoder: Llama, Qwen, Gemma.
 
-    ``original``: ComfyUI's word for it (``qwen3_06b``). Trainers flatten the names of the model
-    without its head: ``lora_te_layers_0_self_attn_q_proj``.
+    ``original``: ComfyUI's word for it (``qwen3_06b``; ``comfy/text_encoders`` has all). Trainers
+    flatten the names of the model without its head: ``lora_te_layers_0_self_attn_q_proj``.
     """
     own = f"text_encoders.{original}.transformer"
     rows = tuple(Row("model." + module, module) for module in _LLAMA_NAMES)
     levels = ("model.language_model.", "language_model.", "model.")
-    return Component(
-        name, own, (own + ".",), kohya, rows, flattens="diffusers", levels=levels
-    )  # fmt: skip
+    checkpoint = (own + ".", _ANY_ENCODER)
+    return Component(name, own, checkpoint, kohya, rows, flattens="diffusers", levels=levels)
 
 
 def _same(names: tuple[str, ...]) -> tuple[Row, ...]:

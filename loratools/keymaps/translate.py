@@ -12,16 +12,23 @@ from dataclasses import dataclass, field, replace
 
 from loratools.adapter import Adapter, Extra, in_natural_order
 from loratools.deltas import LayerDelta
-from loratools.errors import LoratoolsError, MatchError
+from loratools.errors import InputError, LoratoolsError, MatchError
 from loratools.keymaps import layout
 from loratools.keymaps.architecture import Architecture, Component, Fused, Row
 from loratools.keymaps.base_names import BaseNames
-from loratools.keymaps.detection import detect_architecture, detect_base, find_architecture
+from loratools.keymaps.detection import (
+    detect_architecture,
+    detect_base,
+    find_architecture,
+    owners_of,
+    possible_architectures,
+)
 from loratools.keymaps.lookup import Numbers
 from loratools.keymaps.near_names import nearest_paths
 from loratools.keymaps.pieces import Piece, distinct, is_same_layout, reordered
 from loratools.keymaps.target import NAMINGS, Naming, Target
 from loratools.keymaps.vocabulary import Hit, Vocabulary, vocabulary_of
+from loratools.suggest import counted
 
 _CARRIED = ("bundle_emb.",)
 """Extras that are no module of any model: textual inversions bundled with a LoRA."""
@@ -29,6 +36,7 @@ _CARRIED = ("bundle_emb.",)
 _AUX = "_aux."
 
 _SUGGESTED = 12
+_OWNERS = 4
 _SCALE = ".scale"
 
 
@@ -62,6 +70,74 @@ def translate(
     words = vocabulary_of(arch)
     base = None if names is None else BaseNames(words, names)
     return _Translation(words, Target(words, naming, base), base, shapes or {}).run(adapter)
+
+
+def in_one_naming(
+    adapters: Sequence[Adapter], arch: str | None = None, naming: Naming | None = None
+) -> tuple[tuple[Adapter, ...], Architecture | None]:
+    """Return the adapters with their paths in one naming, so that modules meet by name.
+
+    Args:
+        adapters: at least one.
+        arch: the architecture's id, where the files do not tell.
+        naming: the one that is wanted; without it the adapters' own if they share one, else
+            diffusers'.
+
+    Returns:
+        The adapters and their architecture, which is ``None`` where nothing had to be looked up.
+
+    Raises:
+        InputError: adapters of different architectures, or of one that is not known.
+        MatchError: modules that the architecture does not know; see ``translate``.
+    """
+    if arch is not None:
+        find_architecture(arch)
+    namings = {adapter.naming for adapter in adapters}
+    if len(namings) == 1 and naming in (None, *namings):
+        return _spelled_alike(adapters, arch, naming or "diffusers")
+    found = {detect_architecture(adapter, arch).id: adapter for adapter in adapters}
+    if len(found) > 1:
+        titles = " and ".join(find_architecture(word).title for word in found)
+        raise InputError(
+            f"the adapters are for different models: {titles}",
+            hint="take adapters of one architecture, or settle it with --arch",
+        )
+    common = find_architecture(next(iter(found)))
+    wanted = naming or "diffusers"
+    moved = (a if a.naming == wanted else translate(a, common, wanted) for a in adapters)
+    return tuple(moved), common
+
+
+def _spelled_alike(
+    adapters: Sequence[Adapter], arch: str | None, wanted: Naming
+) -> tuple[tuple[Adapter, ...], Architecture | None]:
+    """Return adapters of one naming as they are, or in one spelling where two name a module."""
+    given = tuple(adapters)
+    if given[0].naming == "transformers" or len({frozenset(a.layers) for a in given}) == 1:
+        return given, None
+    fitting = [_candidates(adapter, arch) for adapter in given]
+    common = [found for found in fitting[0] if all(found in others for others in fitting)]
+    if len(common) != 1 or not _is_named_twice(given, common[0]):
+        return given, None
+    return tuple(translate(adapter, common[0], wanted) for adapter in given), common[0]
+
+
+def _candidates(adapter: Adapter, arch: str | None) -> list[Architecture]:
+    word = arch or adapter.arch
+    return [find_architecture(word)] if word else possible_architectures(adapter)
+
+
+def _is_named_twice(adapters: Sequence[Adapter], arch: Architecture) -> bool:
+    """Return whether the adapters call one of diffusers' modules by different names."""
+    words = vocabulary_of(arch)
+    names: dict[tuple[str, str], str] = {}
+    for adapter in adapters:
+        for name, hit in words.resolve(adapter.layers, adapter.naming).items():
+            for path in hit.paths if hit else ():
+                assert hit is not None
+                if names.setdefault((hit.component.name, path), name) != name:
+                    return True
+    return False
 
 
 @dataclass(slots=True)
@@ -244,6 +320,8 @@ class _Translation:
             found = [rowset.parts.find(part) for part in hit.paths[:1]]
             if any(row and row[0][0].original.endswith(_SCALE) for row in found):
                 return path.removesuffix(_SCALE) + _SCALE
+        if self.base is not None and path in self.base.tensors:
+            return path
         if path.endswith("_weight"):  # in_proj_weight and in_proj_bias
             return path.removesuffix("weight") + parameter
         return f"{path}.{parameter}".rstrip(".")
@@ -257,10 +335,13 @@ class _Translation:
             near = nearest_paths(self.words, path)
             lines[place] += f" (nearest: {', '.join(near)})" if near else ""
         title = self.words.architecture.title
+        owners = " or ".join(owner.title for owner in owners_of(unknown)[:_OWNERS])
+        lines += [f"  ({owners} has {'it' if len(unknown) == 1 else 'them'})"] if owners else []
         raise MatchError(
-            f"{len(unknown)} modules have no name in {title} ({self.target.naming}):\n"
-            + "\n".join(lines),
-            hint="if the adapter is for another model, say which with --arch",
+            f"{counted(len(unknown), 'module has', 'modules have')} no name in {title} "
+            f"({self.target.naming}):\n" + "\n".join(lines),
+            hint="say with --arch if the adapter is for another model, or name the base with --base"
+            " if that has these modules",
         )
 
 
@@ -281,5 +362,6 @@ __all__ = [
     "detect_architecture",
     "detect_base",
     "find_architecture",
+    "in_one_naming",
     "translate",
 ]

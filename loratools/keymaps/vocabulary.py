@@ -21,6 +21,7 @@ _DENOISER_FLAT = (
 
 _DENOISER_DOTTED = (
     "diffusion_model.", "transformer.", "unet.", "model.diffusion_model.", "net.", "model.",
+    "transformer_2.",
 )  # fmt: skip
 
 
@@ -136,9 +137,9 @@ class ComponentNames:
 
     def inputs(self, hit: Hit) -> tuple[int, ...]:
         """Return how many inputs the released models have at a module; empty: any number."""
-        if hit.row is not None:
+        if hit.row is not None and (hit.row.inputs or not hit.paths):
             return hit.row.inputs
-        found = self.rowsets["original"].parts.find(hit.own)
+        found = self.rowsets["original"].parts.find(hit.paths[0] if hit.paths else hit.own)
         return found[0][0].inputs if found else ()
 
     def templates(self, dialect: Dialect) -> list[str]:

@@ -7,6 +7,8 @@ from loratools.basemodel import BaseModel
 from loratools.errors import MatchError, UnknownArchitectureError
 from loratools.keymaps.architecture import Architecture
 from loratools.keymaps.detection import told_architectures
+from loratools.keymaps.gguf_base import open_gguf_base
+from loratools.keymaps.gguf_naming import renamed_gguf
 from loratools.keymaps.names import NameIndex
 from loratools.keymaps.translate import (
     detect_architecture,
@@ -32,6 +34,10 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
         UnknownArchitectureError: the adapter's modules are those of no known architecture.
         MatchError: adapter and base are of different architectures; or modules without a name.
     """
+    if base.is_gguf and not _is_image(base):
+        return renamed_gguf(adapter, "gguf", open_gguf_base(base.path), for_merge=True)
+    if adapter.naming == "gguf":
+        return renamed_gguf(adapter, "transformers", open_gguf_base(base.path))
     if adapter.naming == "transformers" and (_fits_as_it_is(adapter, base) or not _is_image(base)):
         return adapter
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}

@@ -18,17 +18,30 @@ from loratools.basemodel import BaseModel, BaseTensor
 from loratools.deltas import Replacement, RowReplacement
 from loratools.errors import MatchError, NonFiniteError, OptionError, UnsupportedError
 from loratools.planning.base_names import in_base_names
+from loratools.planning.labels import label_words
 from loratools.planning.placement import Placement, place_adapters
+from loratools.planning.provenance import provenance
+from loratools.planning.quantising import KEEP, check_quant, written_type
 from loratools.planning.tied_embeddings import Tie, find_tie, resolve_tie
-from loratools.report import Json, Note
+from loratools.planning.widening import Widening, describe_widening, widened_config
+from loratools.report import Json, Level, Note
 from loratools.streaming.blocks import MakeFolds, TensorWork
-from loratools.streaming.checkpoint import DTYPE_WORDS, Checkpoint, output_dtype, plan_checkpoint
-from loratools.tensorfiles.dtypes import FLOAT_WORDS, dtype_word
+from loratools.streaming.checkpoint import (
+    DTYPE_WORDS,
+    Checkpoint,
+    output_dtype,
+    plan_checkpoint,
+    unchanged,
+    with_words,
+)
+from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS, dtype_word, torch_dtype
 
 PathLike = str | os.PathLike[str]
 AdapterInput = PathLike | tuple[PathLike, float]
 
 _CHUNK = 1 << 22
+_WHOLE_WORDS = frozenset({"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"})
+_ONE_OF_THEM = "merge one of them first, or take the tensor out of the other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +129,15 @@ def plan_merge(
     dtype: str = "keep",
     residual_base: bool = False,
     arch: str | None = None,
+    quant: str = KEEP,
 ) -> MergePlan:
     """Decide from headers alone what lands where, and lay out the output.
 
     Raises:
         MatchError, UnsupportedError: see ``place_adapters`` and ``resolve_tie``.
-        OptionError: an unknown dtype.
+        OptionError: an unknown dtype or type.
     """
+    quant = check_quant(quant)
     if dtype != "keep" and dtype not in DTYPE_WORDS:
         raise OptionError(
             f"unknown dtype {dtype!r}", hint=f"use keep, {', '.join(DTYPE_WORDS)} with --dtype"
@@ -130,7 +145,7 @@ def plan_merge(
     _refuse_quantised(base)
     loaded = [replace(one, adapter=in_base_names(one.adapter, base, arch)) for one in loaded]
     tie = find_tie(base)
-    tied_heads = {tie.head: tie.input} if tie and tie.tied and not tie.stored else {}
+    tied_heads = dict.fromkeys(tie.unstored(base), tie.input) if tie and tie.tied else {}
     placed = place_adapters(
         base,
         [(one.adapter, one.strength) for one in loaded],
@@ -143,10 +158,16 @@ def plan_merge(
     notes: list[Note] = []
     for name, placements in untied.by_tensor.items():
         source = base.tensors.get(untied.sources.get(name, name))
-        works[name] = _work(name, placements, source, base, dtype)
+        works[name] = _work(name, placements, source, base, (quant, dtype))
         notes += _work_notes(works[name], placements, source)
+    works |= _widened(placed.widened, works, base, dtype)
+    notes += _widening_notes(base, placed.widened)
     config = {**untied.config, **_vocabulary(base, tie, works)}
-    checkpoint = plan_checkpoint(base, works, config=config, dtype=dtype)
+    config |= {**widened_config(base, placed.widened), **label_words(base, works)}
+    others = "keep" if base.is_gguf else dtype
+    checkpoint = plan_checkpoint(base, works, config=config, dtype=others)
+    if base.is_gguf:
+        checkpoint = with_words(checkpoint, provenance(loaded))
     words = [*(f"{one.path}: {n}" for one in loaded for n in one.adapter.notes), *placed.notes]
     words += [*untied.notes, *(f"added to the base: {name}" for name in placed.added)]
     words += _config_notes(base, config)
@@ -177,24 +198,42 @@ def _work(
     placements: tuple[Placement, ...],
     source: BaseTensor | None,
     base: BaseModel,
-    dtype: str,
+    written: tuple[str, str],
 ) -> TensorWork:
     """Return the output tensor: a new or resized one starts from the adapter's own values."""
     replacement = _replacement(name, placements)
-    if source is None or (replacement and replacement.new_shape != source.shape):
-        assert replacement is not None
-        word = source.dtype if source else base.main_dtype
-        source = _own_values(name, replacement)
+    if replacement and (source is None or _is_taken_whole(replacement, source)):
+        word = _own_word(replacement, base) if source is None else source.dtype
+        source = _own_values(name, replacement, word)
         placements = tuple(p for p in placements if p.new_shape is None)
     else:
+        assert source is not None
         word = source.dtype
-    if word not in FLOAT_WORDS and placements:
-        raise UnsupportedError(
-            f"{name}: stored as {word}, a quantised or integer type that merge cannot fold into",
-            hint="merge into the 16-bit original of this base",
-        )
+    quant, dtype = written
+    if not placements and word in DTYPES:
+        return TensorWork(name, output_dtype(word, dtype), source.shape, source)
+    word = written_type(name, word, source.shape[-1], quant, dtype)
     folds = _fold_maker(placements) if placements else None
-    return TensorWork(name, output_dtype(word, dtype), source.shape, source, folds)
+    return TensorWork(name, word, source.shape, source, folds)
+
+
+def _widened(
+    widened: Mapping[str, Widening],
+    works: Mapping[str, TensorWork],
+    base: BaseModel,
+    dtype: str,
+) -> dict[str, TensorWork]:
+    """Return the works of widened tensors in their new shape, also where nothing else changes."""
+    return {
+        name: replace(works.get(name) or unchanged(base.tensors[name], dtype), shape=widening.after)
+        for name, widening in widened.items()
+    }
+
+
+def _widening_notes(base: BaseModel, widened: Mapping[str, Widening]) -> Iterator[Note]:
+    for widening in widened.values():
+        level: Level = "note" if widening.stated else "warning"
+        yield Note(describe_widening(base, widening), level, widening.tensor)
 
 
 def _fold_maker(placements: tuple[Placement, ...]) -> MakeFolds:
@@ -211,7 +250,7 @@ def _replacement(name: str, placements: Sequence[Placement]) -> Placement | None
             raise MatchError(
                 f"{name}: adapters {found[0].adapter + 1} and {placement.adapter + 1} both replace "
                 "it, with different values",
-                hint="merge one of them first, or take the tensor out of the other",
+                hint=_ONE_OF_THEM,
             )
     if len(found) > 1 and any(placement.strength != 1.0 for placement in found):
         raise MatchError(
@@ -222,25 +261,48 @@ def _replacement(name: str, placements: Sequence[Placement]) -> Placement | None
 
 
 def _refuse_row_conflicts(name: str, placements: Sequence[Placement], *, replaced: bool) -> None:
-    """Refuse two adapters that set the same row of a table to different values."""
-    rows: dict[int, tuple[int, Tensor]] = {}
+    """Refuse two adapters that set the same row of a table, unless to one value at strength 1."""
+    rows: dict[int, tuple[Placement, Tensor]] = {}
     for placement in placements:
         if not isinstance(placement.delta, RowReplacement):
             continue
         for index, row in zip(placement.delta.indices, placement.delta.rows, strict=True):
-            other, value = rows.setdefault(index, (placement.adapter, row))
-            if replaced or not torch.equal(value, row):
+            other, value = rows.setdefault(index, (placement, row))
+            if replaced:
                 raise MatchError(
-                    f"{name}: adapters {other + 1} and {placement.adapter + 1} both replace row "
-                    f"{index}"
-                    if not replaced
-                    else f"{name}: one adapter replaces the table and another its row {index}",
-                    hint="merge one of them first, or take the tensor out of the other",
+                    f"{name}: one adapter replaces the table and another its row {index}",
+                    hint=_ONE_OF_THEM,
+                )
+            if not torch.equal(value, row):
+                raise MatchError(
+                    f"{name}: adapters {other.adapter + 1} and {placement.adapter + 1} both "
+                    f"replace row {index}",
+                    hint=_ONE_OF_THEM,
+                )
+            if other is not placement and (other.strength, placement.strength) != (1.0, 1.0):
+                raise MatchError(
+                    f"{name}: several adapters replace row {index}, at strengths other than 1",
+                    hint="give them strength 1, or take the row out of all but one",
                 )
 
 
-def _own_values(name: str, placement: Placement) -> BaseTensor:
+def _is_taken_whole(replacement: Placement, source: BaseTensor) -> bool:
+    """Return whether nothing of the base's tensor can remain: another size, or whole numbers."""
+    stored = dtype_word(replacement.delta.tensors()["value"].dtype)
+    return replacement.new_shape != source.shape or {stored, source.dtype} <= _WHOLE_WORDS
+
+
+def _own_word(replacement: Placement, base: BaseModel) -> str:
+    """Return the dtype of a tensor that the base lacks: the base's, unless it is a buffer's."""
+    stored = dtype_word(replacement.delta.tensors()["value"].dtype)
+    return base.main_dtype if stored in FLOAT_WORDS else stored
+
+
+def _own_values(name: str, placement: Placement, word: str) -> BaseTensor:
     value = placement.delta.tensors()["value"]
+    if word not in FLOAT_WORDS:
+        # Blocks convert through float32, which has no room for large whole numbers.
+        value = value.to(torch_dtype(word))
     return BaseTensor(
         name, dtype_word(value.dtype), tuple(value.shape), Path(placement.module), values=value
     )
@@ -258,7 +320,7 @@ def _work_notes(
     resized = source is not None and work.shape != source.shape
     if source is not None and resized:
         yield Note(f"resized from {source.shape} to {work.shape}", subject=work.name)
-    if replacement.strength != 1.0 and (source is None or resized):
+    if replacement.strength != 1.0 and (source is None or _is_taken_whole(replacement, source)):
         yield Note(
             f"strength {replacement.strength} has nothing to act on: written as the adapter has it",
             "warning",
@@ -290,13 +352,17 @@ def _vocabulary(
 
 
 def _config_notes(base: BaseModel, config: Mapping[str, Any]) -> list[str]:
+    if base.is_gguf:
+        return []
     if not config or base.config is None:
         return [f"no config.json to correct: {k} should be {v}" for k, v in config.items()]
     return [f"config.json: {key} is now {json_word(value)}" for key, value in config.items()]
 
 
 def json_word(value: Json) -> str:
-    """Return a config value as JSON spells it."""
+    """Return a config value as JSON spells it, a table by its size."""
+    if isinstance(value, Mapping):
+        return f"a table of {len(value)}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

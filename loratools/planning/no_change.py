@@ -11,7 +11,7 @@ from loratools.deltas import AdditiveDelta, LayerDelta
 from loratools.errors import MatchError
 from loratools.planning.placement import Placement
 from loratools.streaming.blocks import TensorResult
-from loratools.tensorfiles.dtypes import torch_dtype
+from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,11 @@ def refuse_no_change(tensors: Sequence[Touched]) -> None:
             "the merge changes nothing: the adapters cancel each other",
             hint="give other strengths, or leave them out",
         )
+    if all(tensor.dtype not in DTYPES for tensor in tensors):
+        raise MatchError(
+            "the merge changes nothing: rounding to the base's few bits undoes every change",
+            hint="write the touched tensors in a wider type: --quant q8_0 or --quant dequantize",
+        )
     raise MatchError(
         "the merge changes nothing: every change is below the base's precision",
         hint="raise the strength, or write a wider type with --dtype fp32",
@@ -59,7 +64,8 @@ def refuse_no_change(tensors: Sequence[Touched]) -> None:
 
 def _cancels(tensor: Touched) -> bool:
     """Return whether several changes, each large enough to be seen alone, add up to none."""
-    least = torch.finfo(torch_dtype(tensor.dtype)).eps * tensor.result.result_norm
+    dtype = torch_dtype(tensor.dtype) if tensor.dtype in DTYPES else torch.float16
+    least = torch.finfo(dtype).eps * tensor.result.result_norm
     least = max(least, 2 * tensor.result.change_norm)
     return sum(_size(placement) > least for placement in tensor.placements) > 1
 

@@ -22,6 +22,7 @@ from loratools.deltas import (
     RowReplacement,
 )
 from loratools.deltas.base import ShiftFold
+from loratools.deltas.corner import CornerFold
 from loratools.errors import MatchError, UnsupportedError
 from loratools.formats.module_reading import RESHAPE
 from loratools.formats.parameters import is_carried
@@ -33,6 +34,7 @@ from loratools.keymaps.transformers_rows import (
     TIED_BIASES,
     TRANSPOSED_PARAMETERS,
 )
+from loratools.planning.widening import Widening, find_widenings
 
 Part = Literal["weight", "bias"]
 
@@ -52,6 +54,9 @@ class Placement:
         strength: the user's multiplier.
         adapter: position of the adapter among the inputs.
         transposed: whether the base stores (in, out).
+        part: weight or bias.
+        corner: the shape that the delta is for and that of the widened weight it lands on, if
+            another adapter widens it.
     """
 
     tensor: str
@@ -61,6 +66,7 @@ class Placement:
     adapter: int
     transposed: bool = False
     part: Part = "weight"
+    corner: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def fold(self, device: str | torch.device) -> RowFold:
         """Prepare the change for folding; factors move to ``device`` here."""
@@ -68,7 +74,8 @@ class Placement:
             bias = self.delta.bias_change
             assert bias is not None
             return ShiftFold((bias * self.strength).to(device))
-        return self.delta.row_fold(self.strength, transposed=self.transposed, device=device)
+        fold = self.delta.row_fold(self.strength, transposed=self.transposed, device=device)
+        return CornerFold(fold, *self.corner) if self.corner else fold
 
     @property
     def new_shape(self) -> tuple[int, ...] | None:
@@ -78,11 +85,12 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """All placements of several adapters, and what was noted on the way."""
+    """All placements of several adapters, what they widen, and what was noted on the way."""
 
     by_tensor: Mapping[str, tuple[Placement, ...]]
     added: tuple[str, ...]
     notes: tuple[str, ...]
+    widened: Mapping[str, Widening]
 
 
 def place_adapters(
@@ -107,6 +115,7 @@ def place_adapters(
         UnsupportedError: a delta that no base can take.
     """
     finder = _Finder(base, tied_heads or {}, residual_base)
+    finder.widen([adapter for adapter, _ in adapters])
     for position, (adapter, strength) in enumerate(adapters):
         finder.add_extras(adapter, strength, position)
     # A table that any adapter resizes is the weight that every LoRA must fit.
@@ -121,6 +130,7 @@ def place_adapters(
         {name: tuple(found) for name, found in by_tensor.items()},
         tuple(dict.fromkeys(finder.added)),
         tuple(dict.fromkeys(finder.notes)),
+        finder.widened,
     )
 
 
@@ -149,6 +159,12 @@ class _Finder:
         self.notes: list[str] = []
         self.wanted = 0
         self.brought: Mapping[str, Replacement | RowReplacement] = {}
+        self.widened: Mapping[str, Widening] = {}
+
+    def widen(self, adapters: Sequence[Adapter]) -> None:
+        self.widened, problems = find_widenings(self.shapes, self.index, adapters)
+        self.problems += [_Problem(position, reason) for position, reason in problems]
+        self.shapes |= {name: widening.after for name, widening in self.widened.items()}
 
     def add_extras(self, adapter: Adapter, strength: float, position: int) -> None:
         self.position = position
@@ -158,10 +174,7 @@ class _Finder:
                 self.notes.append(f"left out: {name} is no weight of the model")
                 continue
             if name.endswith(RESHAPE):
-                raise UnsupportedError(
-                    f"{name}: the adapter widens the base's weight, which merge does not do yet",
-                    hint="load it as an adapter, or widen the base first",
-                )
+                continue
             home = self._extra_home(name, extra)
             if home is not None:
                 self.placements.append(Placement(home, name, extra, strength, position))
@@ -210,8 +223,11 @@ class _Finder:
         name = self._home(path, names)
         if name is None:
             return
-        delta = _in_shape(delta, self.shapes[name])
-        if delta.changes_weight:
+        corner = self._corner(name, delta)
+        delta = _in_shape(delta, corner[0] if corner else self.shapes[name])
+        if delta.changes_weight and corner:
+            yield Placement(name, path, delta, strength, position, corner=corner)
+        elif delta.changes_weight:
             transposed = self._orientation(path, name, delta)
             if transposed is None:
                 return
@@ -220,6 +236,17 @@ class _Finder:
             bias = self._bias_home(path, name, delta.bias_change)
             if bias is not None:
                 yield Placement(bias, path, delta, strength, position, part="bias")
+
+    def _corner(
+        self, name: str, delta: LayerDelta
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the shapes for a delta of the weight as it was before it was widened."""
+        widening = self.widened.get(name)
+        if widening is None:
+            return None
+        if _in_shape(delta, widening.before).weight_shape != widening.before:
+            return None
+        return widening.before, widening.after
 
     def _split_experts(self, path: str, delta: ExpertLoRA) -> list[tuple[str, LoRA]]:
         """Return the tensors of a base that stores every expert by itself, and their LoRAs."""

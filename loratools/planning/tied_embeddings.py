@@ -54,6 +54,10 @@ class Tie:
     tied: bool
     copies: tuple[str, ...] = ()
 
+    def unstored(self, base: BaseModel) -> list[str]:
+        """Return the names that the base does not store, but means the shared tensor by."""
+        return [name for name in (self.head, *self.copies) if name not in base.tensors]
+
 
 @dataclass(frozen=True, slots=True)
 class Untied:
@@ -74,10 +78,21 @@ class Untied:
 
 def find_tie(base: BaseModel) -> Tie | None:
     """Return the base's embedding tensors, or None when it has no table that rows name."""
+    if base.is_gguf:
+        return _gguf_tie(base)
     names = NameIndex(base.tensors)
     own = {HEAD_OF_TYPE[t] for t in base.config_words("model_type") if t in HEAD_OF_TYPE}
-    # A row that names the table exactly goes before one that needs a prefix more or less.
-    rows = sorted(TIED, key=lambda row: (row[0] not in own, f"{row[1]}.weight" not in base.tensors))
+    # A row that names the table exactly goes before one that needs a prefix more or less, and a
+    # table that others are tied to before those, which older checkpoints store beside it.
+    shared = dict(TIED_TABLES)
+    rows = sorted(
+        TIED,
+        key=lambda row: (
+            row[0] not in own,
+            f"{row[1]}.weight" not in base.tensors,
+            row[1] not in shared,
+        ),
+    )
     tables = [(head, table, names.find(f"{table}.weight")) for head, table in rows]
     pairs = [(head, table, found[0]) for head, table, found in tables if len(found) == 1]
     for head, table, name in pairs:
@@ -88,6 +103,15 @@ def find_tie(base: BaseModel) -> Tie | None:
         return None
     head, table, name = pairs[0]
     return Tie(name, f"{head}.weight", False, _is_tied(base, head_stored=False), _copies(table))
+
+
+def _gguf_tie(base: BaseModel) -> Tie | None:
+    """Return a GGUF model's tables; llama.cpp takes the input table where there is no head."""
+    table, head = "token_embd.weight", "output.weight"
+    if table not in base.tensors:
+        return None
+    stored = head in base.tensors
+    return Tie(table, head, stored, tied=not stored)
 
 
 def _copies(table: str) -> tuple[str, ...]:
@@ -113,11 +137,8 @@ def resolve_tie(base: BaseModel, tie: Tie | None, by_tensor: Mapping[str, Placem
     names = (tie.input, tie.head, *tie.copies) if tie else ()
     if tie is None or by_tensor.keys().isdisjoint(names):
         return Untied(by_tensor)
-    if any(copy in by_tensor for copy in tie.copies):
-        raise UnsupportedError(
-            f"{base.path}: the adapter changes one of several tables that share {tie.input}",
-            hint="retrain with modules_to_save on the output head, or without the embeddings",
-        )
+    changed = {copy: by_tensor[copy] for copy in tie.copies if copy in by_tensor}
+    _refuse_tables(base, tie, by_tensor, changed)
     stored = tuple(copy for copy in tie.copies if copy in base.tensors)
     if tie.input in by_tensor:
         by_tensor = {**by_tensor, **dict.fromkeys(stored, by_tensor[tie.input])}
@@ -129,7 +150,7 @@ def resolve_tie(base: BaseModel, tie: Tie | None, by_tensor: Mapping[str, Placem
     shared, own_input = _split_shared(by_tensor.get(tie.input, ()), base, tie)
     own_head = tuple(p for p in by_tensor.get(tie.head, ()) if not _repeats(p, shared))
     rest = {k: v for k, v in by_tensor.items() if k not in (tie.input, tie.head)}
-    if _same_effect(own_input, own_head):
+    if not changed and _same_effect(own_input, own_head):
         kept = {tie.input: shared + own_input}
         if tie.stored:
             kept[tie.head] = shared + own_input
@@ -141,14 +162,38 @@ def resolve_tie(base: BaseModel, tie: Tie | None, by_tensor: Mapping[str, Placem
     split |= {name: by_tensor.get(name, ()) for name in biases}
     # transformers ties the encoder's and the decoder's tables by the same flag as the head.
     missing = [copy for copy in tie.copies if copy not in base.tensors]
-    split |= dict.fromkeys(missing, shared + own_input)
+    split |= dict.fromkeys(missing, shared + own_input) | changed
     biases |= dict.fromkeys(missing, tie.input)
+    apart = ", ".join([tie.head, *changed])
     note = (
-        f"tied embeddings: {tie.input} and {tie.head} now differ, so both are stored and "
+        f"tied embeddings: {tie.input} and {apart} now differ, so each is stored and "
         "tie_word_embeddings is false"
     )
     config = {"tie_word_embeddings": False}
     return Untied({**rest, **split}, {tie.head: tie.input, **biases}, config, (note,))
+
+
+def _refuse_tables(
+    base: BaseModel,
+    tie: Tie,
+    by_tensor: Mapping[str, Placements],
+    changed: Mapping[str, Placements],
+) -> None:
+    """Raise UnsupportedError where tables that share a tensor cannot be told apart.
+
+    A low-rank change of an encoder's or a decoder's own table stands by itself. Rows or whole
+    tables, and changes of the shared table beside it, would have to be for all of them or for one.
+    """
+    if not changed:
+        return
+    plain = all(_is_table_change(p) for placements in changed.values() for p in placements)
+    if tie.input in by_tensor or (tie.tied and not plain):
+        raise UnsupportedError(
+            f"{base.path}: the adapter changes {', '.join(changed)}, one of several tables that "
+            f"share {tie.input}, and not by itself",
+            hint="retrain with the embeddings' modules as LoRA targets and without the shared "
+            "table, or without the embeddings",
+        )
 
 
 def _untied_biases(base: BaseModel, tie: Tie) -> dict[str, str]:

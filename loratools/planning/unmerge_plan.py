@@ -8,19 +8,75 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loratools.basemodel import BaseModel
+from loratools.basemodel import BaseModel, Pipeline
 from loratools.errors import MatchError, UnsupportedError
+from loratools.formats.module_reading import RESHAPE
+from loratools.formats.parameters import is_carried
 from loratools.planning.merge_plan import LoadedAdapter, MergePlan, plan_merge
+from loratools.planning.networks import share_networks
+from loratools.planning.widening import find_left_wide
 from loratools.report import Json, Note
 from loratools.streaming.blocks import TensorResult, TensorWork, sample
 from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, unchanged
 from loratools.tensorfiles.dtypes import torch_dtype
 
 # What a merge may have corrected in config.json.
-_CORRECTED = ("tie_word_embeddings", "vocab_size", "dtype", "torch_dtype")
+_CORRECTED = (
+    "tie_word_embeddings", "vocab_size", "dtype", "torch_dtype", "in_channels", "out_channels",
+    "id2label", "label2id", "num_labels",
+)  # fmt: skip
+# Words that mean something by being null or absent, and what to write then.
+_ABSENT = {
+    "tie_word_embeddings": True, "out_channels": None, "id2label": None, "label2id": None,
+}  # fmt: skip
 
 
-def plan_restore(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdapter]) -> Checkpoint:
+def plan_unmerge(
+    merged: BaseModel,
+    base: BaseModel | None,
+    loaded: Sequence[LoadedAdapter],
+    arch: str | None = None,
+) -> MergePlan:
+    """Plan taking the adapters out of one model: copied from ``base`` if there is one."""
+    if base is None:
+        return plan_subtraction(merged, loaded, arch)
+    return MergePlan(plan_restore(merged, base, loaded, arch), {}, ())
+
+
+def plan_pipeline_unmerge(
+    merged: Pipeline,
+    base: Pipeline | None,
+    loaded: Sequence[LoadedAdapter],
+    arch: str | None = None,
+) -> Mapping[str, MergePlan]:
+    """Plan every network of a pipeline; those that no adapter changes are planned as copies.
+
+    Without adapters every network is taken from the base.
+
+    Raises:
+        MatchError: the two pipelines have other networks, or see ``share_networks``.
+        UnsupportedError: see ``plan_subtraction``.
+    """
+    if base is not None and base.components.keys() != merged.components.keys():
+        raise MatchError(
+            f"{merged.path} has {', '.join(merged.components)}, "
+            f"but {base.path} has {', '.join(base.components)}",
+            hint="is --base the pipeline that the adapters were merged into?",
+        )
+    plans = {}
+    for name, share in share_networks(merged, loaded, arch).items():
+        model = merged.components[name]
+        if loaded and not share:
+            plans[name] = MergePlan(plan_checkpoint(model, {}), {}, ())
+        else:
+            original = base.components[name] if base is not None else None
+            plans[name] = plan_unmerge(model, original, share, arch)
+    return plans
+
+
+def plan_restore(
+    merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdapter], arch: str | None = None
+) -> Checkpoint:
     """Lay out ``merged`` with everything the adapters touched copied back from ``base``.
 
     Without adapters every tensor is taken from the base. Tensors that the merge added are
@@ -30,8 +86,8 @@ def plan_restore(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdap
         MatchError: the two are not the same model.
     """
     if loaded:
-        check_merged(merged, base, loaded)
-    touched = set(plan_merge(base, loaded).placements) if loaded else set(base.tensors)
+        check_merged(merged, base, loaded, arch)
+    touched = set(plan_merge(base, loaded, arch=arch).placements) if loaded else set(base.tensors)
     added = {name for name in touched if name not in base.tensors and name in merged.tensors}
     if not loaded:
         added = set(merged.tensors) - set(base.tensors)
@@ -50,13 +106,15 @@ def plan_restore(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdap
     return plan_checkpoint(merged, restored, dropped=added, config=_config_back(merged, base))
 
 
-def check_merged(merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdapter]) -> None:
+def check_merged(
+    merged: BaseModel, base: BaseModel, loaded: Sequence[LoadedAdapter], arch: str | None = None
+) -> None:
     """Raise MatchError if ``merged`` does not look like ``base`` with the adapters folded in.
 
     The first rows of every touched tensor are compared: the change found there must be the
     adapters' change, and nothing else, up to a rounding other than ours.
     """
-    plan = plan_merge(base, loaded)
+    plan = plan_merge(base, loaded, arch=arch)
     for name in plan.placements:
         found = merged.tensors.get(name)
         expected = sample(plan.checkpoint.works[name])
@@ -94,13 +152,15 @@ def _config_back(merged: BaseModel, base: BaseModel) -> dict[str, Json]:
     words = {name: (merged.config_word(name), base.config_word(name)) for name in _CORRECTED}
     return {
         # A merge writes the tie's flag only to say false where it was true, if not in words.
-        name: True if before is None else before
+        name: _ABSENT[name] if before is None else before
         for name, (now, before) in words.items()
-        if now != before and (before is not None or name == "tie_word_embeddings")
+        if now != before and (before is not None or name in _ABSENT)
     }
 
 
-def plan_subtraction(merged: BaseModel, loaded: Sequence[LoadedAdapter]) -> MergePlan:
+def plan_subtraction(
+    merged: BaseModel, loaded: Sequence[LoadedAdapter], arch: str | None = None
+) -> MergePlan:
     """Plan W = W' − Σ strength·ΔW.
 
     Raises:
@@ -112,15 +172,23 @@ def plan_subtraction(merged: BaseModel, loaded: Sequence[LoadedAdapter]) -> Merg
             "subtraction cannot take this out again:\n" + "\n".join(problems),
             hint="give the model it was merged into with --base, to copy its tensors back",
         )
-    return plan_merge(merged, [replace(one, strength=-one.strength) for one in loaded])
+    plan = plan_merge(merged, [replace(one, strength=-one.strength) for one in loaded], arch=arch)
+    modules = [p.module for placements in plan.placements.values() for p in placements]
+    text = "keeps its columns; if the merge widened it, only --base narrows it again"
+    notes = [Note(text, "warning", name) for name in find_left_wide(merged, modules)]
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _irreversible(one: LoadedAdapter) -> Iterator[str]:
     kinds = sorted({d.kind for d in one.adapter.layers.values() if not d.additive})
     if kinds:
         yield f"  {one.path}: {', '.join(kinds)} layers depend on the base weight"
-    if one.adapter.extras:
-        names = ", ".join(list(one.adapter.extras)[:4])
+    tensors = [name for name in one.adapter.extras if not is_carried(name)]
+    widened = [name.removesuffix(RESHAPE) for name in tensors if name.endswith(RESHAPE)]
+    if widened:
+        yield f"  {one.path}: what it widened would stay so ({', '.join(widened[:4])})"
+    if len(tensors) > len(widened):
+        names = ", ".join([name for name in tensors if not name.endswith(RESHAPE)][:4])
         yield f"  {one.path}: the tensors it replaced are gone ({names})"
 
 

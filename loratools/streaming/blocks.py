@@ -16,9 +16,10 @@ from torch import Tensor
 
 from loratools.basemodel import BaseTensor, elements
 from loratools.deltas import RowFold
-from loratools.errors import CorruptFileError, InputError, NonFiniteError
+from loratools.deltas.corner import take_corner
+from loratools.errors import CorruptFileError, InputError, LoratoolsError, NonFiniteError
+from loratools.streaming.stored import storage_of, stored_bytes
 from loratools.tensorfiles.copying import read_at
-from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
 
 # Blocks of 2**19 elements (2 MiB in float32) stay in the caches: measured 3 to 5 times faster
 # than whole matrices. A GPU wants more work at a time.
@@ -34,9 +35,10 @@ class TensorWork:
 
     Attributes:
         name: in the output.
-        dtype: safetensors' word, in the output.
+        dtype: safetensors' word or ggml's type, in the output.
         shape: in the output.
-        source: where its values start from; of the same shape.
+        source: where its values start from; a smaller one is padded with zeros at the end of
+            each dimension.
         folds: prepares the changes on a device, or ``None`` if there are none.
     """
 
@@ -54,12 +56,13 @@ class TensorWork:
     @property
     def nbytes(self) -> int:
         """Size in the output."""
-        return self.elements * DTYPES[self.dtype] // 8
+        return stored_bytes(self.dtype, self.shape)
 
     @property
     def is_copy(self) -> bool:
         """Whether the output's bytes are the source's."""
-        return self.folds is None and self.dtype == self.source.dtype
+        same = (self.dtype, self.shape) == (self.source.dtype, self.source.shape)
+        return self.folds is None and same
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,15 @@ class TensorResult:
         changed: whether any stored value differs from the source's.
         change_norm: ‖W' − W‖ before rounding.
         result_norm: ‖W'‖ before rounding.
+        retained: ⟨Δ', Δ⟩/‖Δ‖², how much of the change Δ is left in what is stored, Δ', where the
+            output is in blocks of few bits.
     """
 
     name: str
     changed: bool
     change_norm: float
     result_norm: float
+    retained: float | None = None
 
 
 def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
@@ -131,9 +137,11 @@ class Blocks:
         self.rows = elements(work.shape[:leading])
         self.columns = elements(work.shape) // self.rows if self.rows else 0
         self.step = self._step()
-        self.source_dtype = torch_dtype(work.source.dtype)
-        self.dtype = torch_dtype(work.dtype)
+        self.source = storage_of(work.source.dtype)
+        self.target = storage_of(work.dtype)
+        self.dtype = torch.float32 if self.target.codec else self.target.dtype
         self.changed = False
+        self.kept = 0.0
         self.squares = [0.0, 0.0]
         self.file: int | None = None
 
@@ -167,45 +175,61 @@ class Blocks:
         for start, stop in self._spans():
             raw = self._read(start, stop)
             out = self._fold_block(raw, start) if self.folds else self._cast(raw, start)
-            yield _bytes(out), start * self.columns * self.dtype.itemsize
+            yield _bytes(out), start * self.target.items(self.columns) * self.target.dtype.itemsize
 
     def first(self) -> tuple[Tensor, Tensor]:
         """Return the first block before and after, in float32."""
         start, stop = next(self._spans())
         raw = self._read(start, stop)
-        before = raw.to(torch.float32)
-        after = self._fold_block(raw, start) if self.folds else raw
+        before = self.source.decode(raw).to(torch.float32)
+        after = self.target.decode(self._fold_block(raw, start)) if self.folds else before
         return before, after.to(torch.float32).reshape(before.shape).clone()
 
     def result(self) -> TensorResult:
         """Return what folding did, after the last block."""
         change, result = (math.sqrt(square) for square in self.squares)
-        return TensorResult(self.work.name, self.changed, change, result)
+        retained = self.kept / self.squares[0] if self.target.codec and self.squares[0] else None
+        return TensorResult(self.work.name, self.changed, change, result, retained)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.rows if self.columns else 0, self.step):
             yield start, min(start + self.step, self.rows)
 
     def _read(self, start: int, stop: int) -> Tensor:
-        """Return the source's rows as stored, on the CPU."""
+        """Return the source's rows as stored, on the CPU, padded to the output's shape."""
+        shape, stored = self.work.shape, self.work.source.shape
+        if shape == stored:
+            return self._read_stored(start, stop, self.columns)
+        block = torch.zeros(stop - start, *shape[1:], dtype=self.source.dtype)
+        kept = (max(0, min(stop, stored[0]) - start), *stored[1:])
+        if kept[0]:
+            rows = self._read_stored(start, start + kept[0], elements(stored[1:]))
+            take_corner(block, kept).copy_(rows.view(kept))
+        return block.view(stop - start, self.columns)
+
+    def _read_stored(self, start: int, stop: int, columns: int) -> Tensor:
         source = self.work.source
         if source.values is not None:
-            return source.values.reshape(self.rows, self.columns)[start:stop].contiguous()
+            return source.values.reshape(-1, columns)[start:stop].contiguous()
         assert self.file is not None
         assert source.start is not None
-        raw = self.buffers.take("raw", self.source_dtype, (stop - start) * self.columns)
-        at = source.start + start * self.columns * self.source_dtype.itemsize
+        items = self.source.items(columns)
+        raw = self.buffers.take("raw", self.source.dtype, (stop - start) * items)
+        at = source.start + start * items * self.source.dtype.itemsize
         view = _bytes(raw)
         if read_at(self.file, view, at) < len(view):
             raise CorruptFileError(
                 f"{source.file}: ends inside {source.name}", hint="was it changed meanwhile?"
             )
-        return raw.view(stop - start, self.columns)
+        return raw.view(stop - start, items)
 
     def _wide(self, raw: Tensor, start: int) -> Tensor:
         """Return the block in the precision of the sum, on the device, substitutions made."""
-        wide_dtype = torch.float64 if torch.float64 in (self.source_dtype, self.dtype) else None
-        wide = self._on_device("wide", raw, wide_dtype or torch.float32)
+        wide_dtype = torch.float64 if torch.float64 in (self.source.dtype, self.dtype) else None
+        if self.source.codec:
+            wide = self.source.decode(raw.to(self.device))
+        else:
+            wide = self._on_device("wide", raw, wide_dtype or torch.float32)
         for fold in self.folds:
             fold.substitute(wide, start)
         return wide
@@ -219,20 +243,29 @@ class Blocks:
         wide = self._wide(raw, start)
         weight = wide.to(torch.float32)
         if self.device == "cpu":
-            change = self.buffers.take("change", torch.float32, raw.numel()).view(raw.shape)
+            change = self.buffers.take("change", torch.float32, wide.numel()).view(wide.shape)
         else:
             change = torch.empty_like(weight)
         for position, fold in enumerate(self.folds):
             fold.add_change(change, weight, start, first=position == 0)
         wide.add_(change)
-        self.squares[0] += _square(wide - self._original(raw) if self.substitutes else change)
+        made = wide - self._original(raw) if self.substitutes else change
+        self.squares[0] += _square(made)
         out = self._rounded(wide, start)
+        if self.target.codec:
+            self.kept += self._kept(out, wide, made)
         if not self.changed:
             self.changed = self._differs(out, raw, wide, change)
         return out
 
     def _original(self, raw: Tensor) -> Tensor:
-        return raw.to(self.device).to(torch.float32)
+        return self.source.decode(raw.to(self.device)).to(torch.float32)
+
+    def _kept(self, out: Tensor, wide: Tensor, change: Tensor) -> float:
+        """Return ⟨Δ', Δ⟩ of a block: the change and the rounding's error, seen along the change."""
+        error = self.target.decode(out.to(wide.device)).sub_(wide)
+        along = error.add_(change).flatten()
+        return float(torch.dot(along, change.flatten()))
 
     def _rounded(self, wide: Tensor, start: int) -> Tensor:
         square = _square(wide)
@@ -243,10 +276,18 @@ class Blocks:
         return self._stored(wide)
 
     def _stored(self, wide: Tensor) -> Tensor:
+        if self.target.codec:
+            return self._encoded(wide)
         if self.device == "cpu":
             out = self.buffers.take("out", self.dtype, wide.numel())
             return out.view(wide.shape).copy_(wide)
         return wide.to(self.dtype).cpu()
+
+    def _encoded(self, wide: Tensor) -> Tensor:
+        try:
+            return self.target.encode(wide.to(torch.float32)).cpu()
+        except LoratoolsError as error:
+            raise type(error)(f"{self.work.name}: {error.message}", error.hint) from error
 
     def _refuse_non_finite(self, wide: Tensor, start: int) -> None:
         out = wide.to(self.dtype)
@@ -267,16 +308,18 @@ class Blocks:
         )
 
     def _differs(self, out: Tensor, raw: Tensor, wide: Tensor, change: Tensor) -> bool:
-        if out.dtype == raw.dtype:
+        if self.target == self.source:
             return not torch.equal(out, raw)
         if self.substitutes:
-            return not torch.equal(wide, raw.to(wide.device, wide.dtype))
+            return not torch.equal(wide, self._original(raw).to(wide.dtype))
         return bool(change.any())
 
     def _cast(self, raw: Tensor, start: int) -> Tensor:
         """Return the block in the output dtype, its values checked when that could overflow."""
-        if raw.dtype == self.dtype:
+        if self.target == self.source:
             return raw
+        if self.source.codec or self.target.codec:
+            return self._rounded(self._wide(raw, start), start)
         return self._rounded(
             self._on_device(
                 "wide",

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from loratools.basemodel import INDEX_SUFFIX, BaseModel, BaseTensor, Shard
 from loratools.compute import Compute
 from loratools.errors import OutputError
 from loratools.streaming.blocks import TensorResult, TensorWork
-from loratools.streaming.rewriting import FileWork, Progress, rewrite
+from loratools.streaming.layouts import FileWork
+from loratools.streaming.rewriting import Progress, rewrite
 from loratools.tensorfiles.atomic import require_space, staged_output
 from loratools.tensorfiles.dtypes import FLOAT_WORDS
+from loratools.tensorfiles.gguf_reading import Value
 from loratools.tensorfiles.sharded import encode_index
 
 DTYPE_WORDS: Mapping[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -73,9 +75,15 @@ def plan_checkpoint(
         works = [changes.get(tensor.name) or unchanged(tensor, dtype) for tensor in kept]
         if position == len(base.shards) - 1:
             works += added
-        files.append(FileWork(_safetensors_name(base, shard), tuple(works), shard))
+        files.append(FileWork(_file_name(base, shard), tuple(works), shard))
     edits = {**(config or {}), **_dtype_edit(base, dtype)}
     return Checkpoint(base, tuple(files), edits)
+
+
+def with_words(checkpoint: Checkpoint, words: Mapping[str, Value]) -> Checkpoint:
+    """Return the checkpoint with metadata added to its first GGUF file."""
+    first, *others = checkpoint.files
+    return replace(checkpoint, files=(replace(first, words=words), *others))
 
 
 def unchanged(tensor: BaseTensor, dtype: str = "keep") -> TensorWork:
@@ -95,10 +103,10 @@ def _dtype_edit(base: BaseModel, dtype: str) -> dict[str, str]:
     return dict.fromkeys(names, _CONFIG_DTYPES[DTYPE_WORDS[dtype]])
 
 
-def _safetensors_name(base: BaseModel, shard: Shard) -> str:
+def _file_name(base: BaseModel, shard: Shard) -> str:
     """Return the output's file name: the shard's, with torch's names in safetensors' dress."""
     name = shard.path.name
-    if not base.is_folder or name.endswith(".safetensors"):
+    if not base.is_folder or name.endswith((".safetensors", ".gguf")):
         return name
     stem = re.sub(r"^pytorch_model", "model", name.rpartition(".")[0])
     return f"{stem}.safetensors"
@@ -124,7 +132,7 @@ def write_checkpoints(
 
     Args:
         plans: sub-folder → checkpoint; the empty name for a model that is the output itself.
-        output: a folder, or a .safetensors file for a base that is one.
+        output: a folder, or a file for a base that is one.
         compute: device and threads.
         root: the input's path.
         other_files: files below ``root`` that are copied as they are, relative to it.
@@ -137,7 +145,7 @@ def write_checkpoints(
         OutputError: the destination is refused or too small (see ``staged_output``).
         NonFiniteError, CorruptFileError: see ``rewrite``.
     """
-    folder = root.is_dir()
+    folder = root.is_dir() or any(plan.base.is_folder for plan in plans.values())
     size = sum(plan.nbytes for plan in plans.values())
     size += sum((root / name).stat().st_size for name in other_files)
     results = {}
@@ -164,17 +172,19 @@ def copy_files(root: Path, target: Path, names: Sequence[Path]) -> None:
         shutil.copy(root / name, target / name)
 
 
-def check_suffix(root: Path, output: Path) -> None:
-    """Raise OutputError if a file's output is not called .safetensors, or a folder's is."""
-    if root.is_dir() and output.suffix == ".safetensors":
+def check_suffix(root: Path, output: Path, *, folder: bool) -> None:
+    """Raise OutputError if a file's output is not called as its base is, or a folder's is."""
+    expected = ".gguf" if root.suffix == ".gguf" else ".safetensors"
+    if folder and output.suffix == expected:
+        several = "a folder" if root.is_dir() else "in several parts"
         raise OutputError(
-            f"{output}: the base is a folder, so the output is one too",
+            f"{output}: the base is {several}, so the output is a folder",
             hint=f"for example: -o {output.with_suffix('')}",
         )
-    if not root.is_dir() and output.suffix != ".safetensors":
+    if not folder and output.suffix != expected:
         raise OutputError(
-            f"{output}: the base is one file, so the output is a .safetensors file",
-            hint=f"for example: -o {output.with_suffix('.safetensors')}",
+            f"{output}: the base is one file, so the output is a {expected} file",
+            hint=f"for example: -o {output.with_suffix(expected)}",
         )
 
 

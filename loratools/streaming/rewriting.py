@@ -14,43 +14,14 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratools.basemodel import Shard
 from loratools.compute import Compute, one_thread_kernels
 from loratools.errors import CorruptFileError
 from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork, open_source
+from loratools.streaming.layouts import CHANGED, FileWork, layout_of
 from loratools.tensorfiles.copying import copy_range, start_writeback, write_at
-from loratools.tensorfiles.header import encode_header
 
-_CHANGED = "was it changed meanwhile?"
 Progress = Callable[[int, int], None]
 """Called with the bytes just written and the bytes of the whole job, from several threads."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileWork:
-    """One output weights file; ``original`` is the shard it takes the place of."""
-
-    name: str
-    tensors: tuple[TensorWork, ...]
-    original: Shard
-
-    def header(self) -> bytes:
-        """Return the file's first bytes: the original's own where the layout is the same."""
-        old = self.original.header
-        if old and self._same_layout():
-            with os.fdopen(open_source(self.original.path), "rb") as file:
-                found = file.read(old.data_start)
-            if len(found) < old.data_start:
-                raise CorruptFileError(
-                    f"{self.original.path}: ends inside its header", hint=_CHANGED
-                )
-            return found
-        entries = [(work.name, work.dtype, work.shape) for work in self.tensors]
-        return encode_header(entries, self.original.metadata)
-
-    def _same_layout(self) -> bool:
-        ours = [(work.name, work.dtype, work.shape) for work in self.tensors]
-        return ours == [(t.name, t.dtype, t.shape) for t in self.original.tensors]
 
 
 def rewrite(
@@ -99,10 +70,10 @@ class _Runner:
     def _submit(
         self, pool: ThreadPoolExecutor, file: FileWork, path: Path
     ) -> Iterator[Future[None]]:
-        header = file.header()
-        path.write_bytes(header)
-        os.truncate(path, len(header) + sum(work.nbytes for work in file.tensors))
-        tasks = [*_tasks(file.tensors, len(header))]
+        layout = layout_of(file)
+        path.write_bytes(layout.header)
+        os.truncate(path, layout.size)
+        tasks = [*_tasks(file.tensors, layout.offsets)]
         pending = _Countdown(len(tasks))
         for task in tasks:
             yield pool.submit(self._guarded, task, path, pending)
@@ -129,7 +100,7 @@ class _Runner:
             try:
                 copy_range(source.fileno(), task.start, target.fileno(), task.to, task.count)
             except CorruptFileError as error:
-                raise CorruptFileError(f"{task.source}: {error.message}", _CHANGED) from error
+                raise CorruptFileError(f"{task.source}: {error.message}", CHANGED) from error
             start_writeback(target.fileno(), task.to, task.count)
         self.progress(task.count)
 
@@ -192,10 +163,10 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _tasks(tensors: Sequence[TensorWork], offset: int) -> Iterator[_Copy | _Fold]:
+def _tasks(tensors: Sequence[TensorWork], offsets: Sequence[int]) -> Iterator[_Copy | _Fold]:
     """Yield the file's tasks in order, neighbouring copies as one."""
     waiting: _Copy | None = None
-    for work in tensors:
+    for work, offset in zip(tensors, offsets, strict=True):
         start = work.source.start
         if not work.is_copy or start is None:
             yield _Fold(work, offset)
@@ -205,7 +176,6 @@ def _tasks(tensors: Sequence[TensorWork], offset: int) -> Iterator[_Copy | _Fold
             if waiting:
                 yield waiting
             waiting = _Copy(work.source.file, start, offset, work.nbytes)
-        offset += work.nbytes
     if waiting:
         yield waiting
 

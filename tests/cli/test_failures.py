@@ -421,7 +421,7 @@ def test_adapters_that_cancel_out_of_sight_are_below_the_precision(here: Path, r
 # ---------------------------------------------------------------------------- conventions
 
 
-@pytest.mark.parametrize("device", ["tpu", "", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "CUDA"])
+@pytest.mark.parametrize("device", ["tpu", "", "cpu:1", "cuda:", "cuda:x", "cuda:-1", "CUDA"])
 def test_a_device_that_is_none_is_wrong_usage(here: Path, run: Run, device: str) -> None:
     outcome = run(*MERGE, "--device", device)
     assert outcome.code == 2
@@ -466,7 +466,7 @@ def test_exit_codes_of_errors(
     def fail(*_: object, **__: object) -> None:
         raise error("no", hint="try yes")
 
-    monkeypatch.setattr("loratools.summary.summarize", fail)
+    monkeypatch.setattr("loratools.summary.summarize_files", fail)
     outcome = run("inspect", "x")
     assert (outcome.code, outcome.err) == (code, "Error: no\nHint: try yes\n")
 
@@ -476,7 +476,7 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch, flags: list[str]
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loratools.summary.summarize", interrupt)
+    monkeypatch.setattr("loratools.summary.summarize_files", interrupt)
     outcome = run("inspect", "x", *flags)
     assert outcome.code == 130
     if flags:
@@ -503,7 +503,7 @@ def test_a_system_error_is_a_stated_reason(run: Run, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "base/model.safetensors")
 
-    monkeypatch.setattr("loratools.summary.summarize", refuse)
+    monkeypatch.setattr("loratools.summary.summarize_files", refuse)
     outcome = run("inspect", "base", "--json")
     assert outcome.code == 1
     assert "base/model.safetensors" in outcome.document["message"]

@@ -17,11 +17,12 @@ from typing import Any
 import click
 import pytest
 
-from loratools import __version__, merge_into_base, summarize, unmerge_from_base
+from loratools import __version__, merge_into_base, summarize_files, unmerge_from_base
 from loratools.cli import COMMANDS
 from loratools.convert import convert_adapter
 from loratools.demo import run_demo
 from loratools.formats import FORMATS, get_format
+from loratools.svd_resize import resize_adapter
 from loratools.verify import compare_adapters
 from tests.image_adapters import write_kohya_sdxl
 
@@ -32,12 +33,13 @@ TWINS: dict[str, Callable[..., Any]] = {
     "merge": merge_into_base,
     "unmerge": unmerge_from_base,
     "convert": convert_adapter,
+    "resize": resize_adapter,
     "diff": compare_adapters,
-    "inspect": summarize,
+    "inspect": summarize_files,
     "demo": run_demo,
 }
 WITHOUT_TWIN = {"formats"}
-SEVERAL = {"convert": {"adapters": "adapter"}}
+SEVERAL = {"convert": {"adapters": "adapter"}, "resize": {"adapters": "adapter"}}
 """Commands that call their twin for each of several inputs: their word → the twin's."""
 SHARED = {"json", "quiet", "verbose"}
 """How a command speaks: no business of the library."""
@@ -169,6 +171,7 @@ REQUIRED = {
     "merge": ["base", "adapter", "-o", "out"],
     "unmerge": ["merged", "-o", "out"],
     "convert": ["adapter", "-o", "out", "--to", "kohya"],
+    "resize": ["adapter", "-o", "out"],
     "diff": ["adapter", "second"],
     "inspect": ["adapter"],
     "demo": [],
@@ -279,7 +282,7 @@ def test_completion(words: str, offered: str) -> None:
         (["merge", "b", "a", "-o", "x", "--dtpye", "bf16"], "Did you mean"),
         (["merge", "b", "a", "-o", "x", "--dtype", "fp8"], "'keep', 'fp32', 'bf16', 'fp16'"),
         (["formats", "x"], "unexpected extra argument"),
-        (["inspect"], "Missing argument 'PATH'"),
+        (["inspect"], "Missing argument 'PATH...'"),
         (["convert", "a", "-o", "x"], "Missing option '--to'"),
         (["diff", "a"], "Missing argument 'B'"),
     ],

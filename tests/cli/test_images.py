@@ -108,6 +108,21 @@ def test_merge_into_a_pipeline_as_a_dry_run(here: Path, run: Run, pipeline: Path
     assert tree(here) == before
 
 
+def test_unmerge_from_a_pipeline(here: Path, run: Run, pipeline: Path) -> None:
+    """With the base the same bytes; without it the bound of both networks together."""
+    assert run(*MERGE).code == 0
+    restore = ("unmerge", "out", "ink.safetensors:0.5", "-o", "back", "--arch", "sdxl")
+    before = tree(here)
+    assert run(*restore, "--base", "pipeline", "--dry-run").code == 0
+    assert tree(here) == before
+    assert run(*restore, "--base", "pipeline").code == 0
+    assert tree(here / "back") == tree(pipeline)
+    outcome = run(*restore, "--overwrite", "--json")
+    facts = outcome.document["facts"]
+    assert (facts["method"], facts["tensors_changed"]) == ("subtracted", 4)
+    assert facts["error_bound"] > 0
+
+
 def test_a_network_that_the_pipeline_lacks(here: Path, run: Run, pipeline: Path) -> None:
     for file in (pipeline / "text_encoder").iterdir():
         file.unlink()

@@ -30,6 +30,9 @@ pytest.importorskip("diffusers")
 BY_ID = {architecture.id: architecture for architecture in ARCHITECTURES}
 
 
+RMS = "rms_norm_across_heads"
+
+
 @dataclass(frozen=True)
 class Case:
     """One configuration of an architecture.
@@ -218,7 +221,6 @@ CASES = (
         "Krea2Transformer2DModel",
         {"num_layers": 2},
         "krea2_transformer_checkpoint",
-        unmapped=r"transformer_blocks\.\d+\.scale_shift_table",
     ),
     Case("ideogram4", "Ideogram4Transformer2DModel", {"num_layers": 2}),
     Case(
@@ -244,6 +246,12 @@ CASES = (
         {"num_layers": 2},
         "sana_transformer",
         extra=("pos_embed", "y_embedder.y_embedding"),
+    ),
+    Case("sana", "SanaTransformer2DModel", {"num_layers": 2, "qk_norm": RMS}),
+    Case(
+        "sana-sprint",
+        "SanaTransformer2DModel",
+        {"num_layers": 2, "qk_norm": RMS, "guidance_embeds": True},
     ),
     Case("mochi", "MochiTransformer3DModel", {"num_layers": 48}, "mochi_transformer_checkpoint"),
     Case("hidream", "HiDreamImageTransformer2DModel", HIDREAM, "hidream_transformer"),
@@ -338,6 +346,8 @@ def original_of(case: Case, shapes: Mapping[str, tuple[int, ...]], weights: Weig
             value = torch.cat([weights[name] for name in names])
             if swaps(placed.row, shapes.get(placed.parts[0] + ".weight", ())):
                 value = halves_swapped(value)
+            if getattr(placed.row, "vectors", 0):
+                value = value.flatten()
             result[placed.original + parameter(case, placed, leaf)] = value
     return result
 

@@ -6,6 +6,7 @@ The oracle is the formula W + strength·(alpha/rank)·B·A, row blocks placed by
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,6 @@ def test_pipeline(sd1: Path, tmp_path: Path) -> None:
 
 def test_network_that_is_not_there(sd1: Path, tmp_path: Path) -> None:
     """A pipeline without the text encoder that the adapter changes: refused, nothing written."""
-    import shutil
-
     sd1_adapter(tmp_path / "a.safetensors")
     shutil.rmtree(sd1 / "text_encoder")
     with pytest.raises(MatchError, match="text_encoder"):
@@ -281,6 +280,72 @@ def test_taken_out_again(flux: Path, tmp_path: Path) -> None:
     merge_into_base(flux, tmp_path / "a.safetensors", tmp_path / "out")
     unmerge_from_base(tmp_path / "out", tmp_path / "a.safetensors", tmp_path / "back", base=flux)
     assert_changed_by(tensors_of(tmp_path / "back"), tensors_of(flux), {})
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """Return every file below a folder by its relative path."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("given", ["adapter", "no adapter"])
+def test_pipeline_restored(sd1: Path, tmp_path: Path, given: str) -> None:
+    """With the base every byte of the pipeline is back, whether or not the adapter is named."""
+    sd1_adapter(tmp_path / "a.safetensors")
+    adapters = [(tmp_path / "a.safetensors", 0.7)]
+    merge_into_base(sd1, adapters, tmp_path / "out")
+    assert files_of(tmp_path / "out") != files_of(sd1)
+    named = adapters if given == "adapter" else []
+    report = unmerge_from_base(tmp_path / "out", named, tmp_path / "back", base=sd1)
+    assert files_of(tmp_path / "back") == files_of(sd1)
+    assert report.facts["method"] == "copied from base"
+    assert report.facts["components"] == ["unet", "text_encoder"]
+
+
+def test_pipeline_restored_only_where_touched(sd1: Path, tmp_path: Path) -> None:
+    """What no named adapter touches stays as the merged pipeline has it."""
+    kohya(tmp_path / "a.safetensors", {SD1_UNET: (32, 768)})
+    kohya(tmp_path / "b.safetensors", {SD1_TEXT: (64, 768)})
+    both = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    merge_into_base(sd1, both, tmp_path / "out")
+    unmerge_from_base(tmp_path / "out", both[:1], tmp_path / "back", base=sd1)
+    back, merged, base = (files_of(folder) for folder in (tmp_path / "back", tmp_path / "out", sd1))
+    for path in base:
+        assert back[path] == (merged if path.parts[0] == "text_encoder" else base)[path], path
+
+
+def test_pipeline_subtracted(sd1: Path, tmp_path: Path) -> None:
+    """Without the base: within the reported bound, and far within the change."""
+    sd1_adapter(tmp_path / "a.safetensors")
+    adapter = (tmp_path / "a.safetensors", 0.7)
+    merge_into_base(sd1, adapter, tmp_path / "out")
+    report = unmerge_from_base(tmp_path / "out", adapter, tmp_path / "back")
+    squares = 0.0
+    for network in ("unet", "text_encoder"):
+        before, after = tensors_of(sd1 / network), tensors_of(tmp_path / "back" / network)
+        assert before.keys() == after.keys()
+        squares += sum(float((after[n].double() - t).norm()) ** 2 for n, t in before.items())
+    assert 0 < squares**0.5 <= report.facts["error_bound"] < 1e-4 < report.facts["change_norm"]
+    assert report.facts["tensors_changed"] == 3
+    same = ("vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json", "unet/config.json")
+    assert all((tmp_path / "back" / n).read_bytes() == (sd1 / n).read_bytes() for n in same)
+
+
+def test_pipeline_of_another_merge(sd1: Path, tmp_path: Path) -> None:
+    """A base or an adapter that does not belong to it: refused, nothing written."""
+    sd1_adapter(tmp_path / "a.safetensors")
+    kohya(tmp_path / "b.safetensors", {SD1_TEXT: (64, 768)}, seed=9)
+    merge_into_base(sd1, tmp_path / "a.safetensors", tmp_path / "out")
+    arguments: list[tuple[str, Path, str]] = [
+        ("b.safetensors", sd1, "is not what these adapters make of"),
+        ("a.safetensors", sd1 / "unet", "one model"),
+    ]
+    for name, base, words in arguments:
+        with pytest.raises(MatchError, match=words):
+            unmerge_from_base(tmp_path / "out", tmp_path / name, tmp_path / "back", base=base)
+    shutil.rmtree(sd1 / "text_encoder")
+    with pytest.raises(MatchError, match="text_encoder"):
+        unmerge_from_base(tmp_path / "out", tmp_path / "a.safetensors", tmp_path / "back", base=sd1)
+    assert not (tmp_path / "back").exists()
 
 
 Made = tuple[Tensors, dict[str, Tensor]]

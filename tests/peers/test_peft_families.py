@@ -49,6 +49,10 @@ def deberta(folder: Path) -> Base:
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bart head": (bart, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "bart head LoRA": (bart, {"target_modules": ["q_proj", "lm_head"]}),
+    "bart encoder's table": (bart, {"target_modules": ["encoder.embed_tokens"]}),
+    "bart decoder's table": (bart, {"target_modules": ["q_proj", "decoder.embed_tokens"]}),
+    "bart both tables": (bart, {"target_modules": ["embed_tokens"]}),
+    "bart tables and head": (bart, {"target_modules": ["embed_tokens", "lm_head"]}),
     "deberta table": (deberta, {"target_modules": ["word_embeddings"]}),
 }
 

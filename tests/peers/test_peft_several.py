@@ -148,3 +148,19 @@ def test_overlapping_rows(llama: Base, tmp_path: Path, merge: Merge) -> None:
     delta = "model.embed_tokens.token_adapter.trainable_tokens_delta"
     assert torch.equal(merged[[5, 3]], builders.adapter_tensors(first)[delta])
     assert torch.equal(merged[[40]], builders.adapter_tensors(apart)[delta])
+
+
+def test_equal_rows(llama: Base, tmp_path: Path, merge: Merge) -> None:
+    """The same rows twice: no contradiction at strength 1, but no sum at others."""
+    adapter = lora(
+        llama, tmp_path / "a", r=4, target_modules=["q_proj"], trainable_token_indices=[5, 3]
+    )
+    merged = merge(llama, [adapter, adapter]).tensors["model.embed_tokens.weight"]
+    delta = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    rows = builders.adapter_tensors(adapter)[delta]
+    assert torch.equal(merged[[5, 3]], rows)
+    with pytest.raises(MatchError, match="row 5, at strengths other than 1"):
+        merge(llama, [(adapter, 0.5), (adapter, 0.25)], name="sum")
+    half = merge(llama, (adapter, 0.5), name="half").tensors["model.embed_tokens.weight"]
+    before = llama.tensors["model.embed_tokens.weight"][[5, 3]]
+    assert torch.allclose(half[[5, 3]], (before + rows) / 2, atol=1e-6)

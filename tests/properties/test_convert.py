@@ -127,6 +127,8 @@ def places(component: Component) -> dict[str, Place]:
     found: dict[str, Place] = {}
     claimed: set[str] = set()
     for row in component.rows:
+        if isinstance(row, Row) and row.vectors:
+            continue
         columns = [expand([part]) for part in row.parts]
         for original, *parts in zip(expand([row.original]), *columns, strict=True):
             if claimed.isdisjoint(parts):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loratools.adapter import Adapter, in_natural_order
-from loratools.convert import convert_value
+from loratools.conversion import convert_value
 from loratools.deltas import LayerDelta, LoRA
 from loratools.formats import get_format
 from loratools.keymaps.architecture import Component, Fused
@@ -90,7 +90,7 @@ CASES = {
     "sdxl": (UNET, {"clip_l": CLIP, "clip_g": CLIP}),
     "flux1": (FLUX, {"clip_l": CLIP, "t5xxl": T5}),
     "sd3": (SD3, {"clip_l": CLIP, "clip_g": CLIP, "t5xxl": T5}),
-    "wan": (WAN, {}),
+    "wan": (WAN, {"umt5xxl": T5}),
     "qwen-image": (QWEN, {"qwen25_7b": LLAMA}),
     "z-image": (ZIMAGE, {"qwen3_4b": LLAMA}),
 }
@@ -159,3 +159,82 @@ def test_one_change_for_each_weight() -> None:
     source = Adapter(layers, naming="diffusers", arch="z-image")
     done = convert_value(source, get_format("comfyui"), arch="z-image")
     assert list(done.adapter.layers) == ["diffusion_model.layers.0.attention.qkv"]
+
+
+ENCODERS = {
+    # what ComfyUI's models call their text encoders (comfy/text_encoders)
+    "sd1": {"clip_l"},
+    "sd2": {"clip_h"},
+    "sdxl": {"clip_l", "clip_g"},
+    "sdxl-refiner": {"clip_g"},
+    "flux1": {"clip_l", "t5xxl"},
+    "chroma": {"t5xxl"},
+    "flux2": set(),
+    "flux3": set(),
+    "sd3": {"clip_l", "clip_g", "t5xxl"},
+    "auraflow": {"pile_t5xl"},
+    "z-image": {"qwen3_4b"},
+    "lumina2": {"gemma2_2b"},
+    "qwen-image": {"qwen25_7b"},
+    "qwen-image-2.1": {"qwen3vl_8b"},
+    "wan": {"umt5xxl"},
+    "hunyuan-video": {"llama", "clip_l"},
+    "hunyuan-video-1.5": {"qwen25_7b", "byt5_small"},
+    "hunyuan-image-2.1": {"qwen25_7b", "byt5_small"},
+    "framepack": {"llama", "clip_l"},
+    "anima": {"qwen3_06b"},
+    "ltx": {"t5xxl"},
+    "ltx2": {"gemma3_12b"},
+    "krea2": {"qwen3vl_4b"},
+    "ideogram4": {"qwen3vl_8b"},
+    "ernie-image": {"ministral3_3b"},
+    "minimax-h3": {"qwen3vl_32b"},
+    "pixart": {"t5xxl"},
+    "sana": {"gemma2_2b"},
+    "sana-sprint": {"gemma2_2b"},
+    "mochi": {"t5xxl"},
+    "hidream": {"clip_l", "clip_g", "t5xxl", "llama"},
+}
+HOLDS = {"clip": CLIP, "t5": T5, "umt5": T5, "byt5": T5, "pile": T5}
+
+
+@pytest.mark.parametrize("arch", BY_ID)
+def test_text_encoders_are_called_as_in_comfyui(arch: str) -> None:
+    found = set()
+    for component in BY_ID[arch].components:
+        start, _, rest = component.original.partition(".")
+        if start != "text_encoders":
+            continue
+        name = rest.removesuffix(".transformer")
+        found.add(name)
+        kinds = [body for word, body in HOLDS.items() if name.startswith(word)]
+        bodies = expand(row.original for row in component.rows)
+        assert [b for b in bodies if not re.fullmatch((kinds or [LLAMA])[0], b)] == []
+    assert found == ENCODERS[arch]
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "module"),
+    [
+        # Composite models' encoders without their own name; CLIP-L is always the first.
+        (
+            "ltx2",
+            "text_encoders.transformer.model.layers.3.mlp.up_proj",
+            "text_encoder.layers.3.mlp.up_proj",
+        ),
+        (
+            "hunyuan-video",
+            "lora_te1_text_model_encoder_layers_2_mlp_fc1",
+            "text_encoder_2.text_model.encoder.layers.2.mlp.fc1",
+        ),
+        (
+            "hunyuan-video",
+            "lora_te1_layers_2_self_attn_q_proj",
+            "text_encoder.layers.2.self_attn.q_proj",
+        ),
+    ],
+)
+def test_comfyuis_other_names_of_encoders(arch: str, name: str, module: str) -> None:
+    source = Adapter({name: layer(4, 4, 0)}, naming="original", arch=arch)
+    done = convert_value(source, get_format("diffusers"), arch=arch)
+    assert list(done.adapter.layers) == [module]

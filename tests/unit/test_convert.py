@@ -320,7 +320,7 @@ def test_loha_is_lifted_to_lora(source: Path, output: Path) -> None:
     tensors = loha("lora_unet_double_blocks_0_img_mod_lin", 6 * D, D)
     save_file(tensors, source)
     report = convert_adapter(source, output, to="diffusers", arch="flux1")
-    assert any("1 loha layers written as LoRA (exact)" in note.message for note in report.notes)
+    assert any("1 loha layer written as LoRA (exact)" in note.message for note in report.notes)
     a, b, c, d = (
         tensors[f"lora_unet_double_blocks_0_img_mod_lin.hada_{name}"].double()
         for name in ("w1_a", "w1_b", "w2_a", "w2_b")

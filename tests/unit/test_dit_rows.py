@@ -119,7 +119,7 @@ def test_halves_are_swapped_where_the_models_differ(architecture: Architecture) 
 @pytest.mark.parametrize("architecture", DITS, ids=lambda a: a.id)
 def test_signatures_are_rows_and_tell_relatives_apart(architecture: Architecture) -> None:
     """Only supersets of a model have its signature too."""
-    supersets = {"ltx": {"ltx2"}, "hunyuan-video": {"framepack"}}
+    supersets = {"ltx": {"ltx2"}, "hunyuan-video": {"framepack"}, "sana": {"sana-sprint"}}
     signature = set(architecture.signature)
     assert signature <= {row.original for row in architecture.components[0].rows}
     others = {
@@ -138,6 +138,16 @@ def test_ids_and_versions_belong_to_one_architecture() -> None:
 
 
 # ── the authors' tables ──────────────────────────────────────────────────────────────────────
+
+_SPRINT = {
+    "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2",
+    "cfg_embedder.mlp.0": "time_embed.guidance_embedder.linear_1",
+    "cfg_embedder.mlp.2": "time_embed.guidance_embedder.linear_2",
+    "t_block.1": "time_embed.linear",
+    "blocks.3.attn.q_norm": "transformer_blocks.3.attn1.norm_q",
+    "blocks.3.cross_attn.k_norm": "transformer_blocks.3.attn2.norm_k",
+}
 
 TABLES: dict[tuple[str, Naming], dict[str, str]] = {
     # its name: diffusers' modules (``=``: with their component)
@@ -189,6 +199,7 @@ TABLES: dict[tuple[str, Naming], dict[str, str]] = {
         "t_block.1": "adaln_single.linear",
         "y_embedder.y_proj.fc2": "caption_projection.linear_2",
     },
+    ("sana-sprint", "original"): _SPRINT,
     ("wan", "original"): {
         "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
         "fps_projection.0": "fps_projection.net.0.proj",

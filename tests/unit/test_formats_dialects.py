@@ -28,7 +28,7 @@ from loratools.deltas import (
     SumDelta,
     TuckerLoRA,
 )
-from loratools.errors import UnsupportedError
+from loratools.errors import MalformedAdapterError, UnsupportedError
 from loratools.formats import get_format
 from loratools.formats.format import Bundle
 from tests.strategies import make_tensor
@@ -213,6 +213,49 @@ def test_bfl_control_in_comfyui() -> None:
         for name in before
     } | {"diffusion_model.img_in.reshape_weight"}
     assert get_format("comfyui").write(adapter).tensors.keys() == wanted
+
+
+HEADS, HEAD = 2, 128
+
+
+@pytest.mark.parametrize(
+    ("name", "infix", "by_head"),
+    [
+        ("blocks.4.attn.qkv_proj", ".default", True),
+        ("token_refiner.blocks.1.attn.qkv_proj", ".default", True),
+        # ai-toolkit's, and another module of DiffSynth's
+        ("blocks.4.attn.qkv_proj", "", False),
+        ("blocks.4.attn.out_proj", ".default", False),
+    ],
+)
+def test_diffsynths_heads_of_minimax(name: str, infix: str, by_head: bool) -> None:
+    """The file has [q k v] of head 0, then of head 1; what is read has all of q first."""
+    rows = 3 * HEADS * HEAD
+    up = torch.arange(float(rows)).reshape(rows, 1)
+    bundle = Bundle(
+        {f"{name}.lora_A{infix}.weight": torch.ones(1, 8), f"{name}.lora_B{infix}.weight": up}
+    )
+    adapter = get_format("peft-dump").read(bundle)
+    delta = adapter.layers[name]
+    assert isinstance(delta, LoRA)
+    expected = [
+        head * 3 * HEAD + part * HEAD + row
+        for part in range(3)
+        for head in range(HEADS)
+        for row in range(HEAD)
+    ]
+    assert delta.up.flatten().tolist() == (expected if by_head else list(range(rows)))
+    assert any("head by head" in note for note in adapter.notes) == by_head
+
+
+def test_rows_that_are_no_heads_are_refused() -> None:
+    name = "blocks.0.attn.qkv_proj"
+    tensors = {
+        f"{name}.lora_A.default.weight": torch.ones(1, 8),
+        f"{name}.lora_B.default.weight": torch.ones(96, 1),
+    }
+    with pytest.raises(MalformedAdapterError, match="heads of 128"):
+        get_format("peft-dump").read(Bundle(tensors))
 
 
 def test_old_diffusers_names() -> None:

@@ -9,6 +9,7 @@ import pytest
 from loratools.adapter import Adapter
 from loratools.errors import UnknownArchitectureError
 from loratools.keymaps.architecture import Architecture
+from loratools.keymaps.detection import certain_architecture
 from loratools.keymaps.registry import ARCHITECTURES
 from loratools.keymaps.translate import (
     detect_architecture,
@@ -87,6 +88,53 @@ def test_metadata_breaks_ties(metadata: dict[str, str], arch: str) -> None:
     assert detect_architecture(of(SELF, inputs=640, **metadata)).id == arch
 
 
+def test_a_name_that_relatives_share_in_diffusers_tree_decides_nothing() -> None:
+    paths = ("transformer_blocks.0.norm1.linear", "transformer_blocks.0.attn.to_q")
+    theirs = replace(of(*(f"transformer.{p}" for p in paths), inputs=3072), naming="diffusers")
+    with pytest.raises(UnknownArchitectureError, match=r"FLUX\.1 or HunyuanVideo"):
+        detect_architecture(theirs)
+    ours = of("diffusion_model.double_blocks.0.img_mod.lin", inputs=3072, naming="original")
+    assert detect_architecture(ours).id == "flux1"
+
+
+# ── bare names: PEFT's, most of which are language models' ───────────────────────────────────
+
+_LLAMA = [
+    f"model.layers.{i}.{leaf}_proj"
+    for i in range(2)
+    for leaf in ("self_attn.q", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down")
+]
+_VIT = [f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("attn.qkv", "attn.proj", "mlp.fc1")]
+_BERT = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
+_MPT = [f"transformer.blocks.{i}.attn.{leaf}" for i in range(2) for leaf in ("Wqkv", "out_proj")]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [_LLAMA, _LLAMA[2:5], _LLAMA[2:3], _VIT, _VIT[2:3], _BERT, _MPT, _MPT[1:2]],
+)
+def test_other_models_are_no_diffusion_models(paths: list[str]) -> None:
+    assert certain_architecture(of(*paths, inputs=64, naming="transformers")) is None
+
+
+@pytest.mark.parametrize("leaves", [("_proj",), ("mlp.gate_proj", "mlp.up_proj")])
+def test_names_of_language_models_alone_fit_nothing(leaves: tuple[str, ...]) -> None:
+    """ERNIE-Image has a gate and an up projection of the same names."""
+    paths = [path for path in _LLAMA if path.endswith(leaves)]
+    with pytest.raises(UnknownArchitectureError, match="no known architecture"):
+        detect_architecture(of(*paths, inputs=64, naming="transformers"))
+
+
+@every_architecture
+def test_bare_names_of_a_whole_denoiser_are_certain(arch: Architecture) -> None:
+    start = f"{arch.components[0].name}."
+    layers = whole(arch).layers
+    bare = {p.removeprefix(start): d for p, d in layers.items() if p.startswith(start)}
+    assert certain_architecture(Adapter(bare)) is arch
+    stray = {**bare, "model.layers.0.self_attn.q_proj": wide_lora(4)}
+    assert certain_architecture(Adapter(stray)) is None
+
+
 def test_metadata_does_not_outvote_names() -> None:
     adapter = of(CROSS, inputs=2048, ss_base_model_version="sd_v1")
     assert detect_architecture(adapter).id == "sdxl"
@@ -109,14 +157,22 @@ def test_unknown_modules_name_the_nearest() -> None:
     assert "Stable Diffusion 1.x knows 2 of 7" in raised.value.message
     with pytest.raises(UnknownArchitectureError, match="no known architecture"):
         detect_architecture(of(*unknown, inputs=768))
+    near = CROSS.replace("down_blocks", "down_block")
+    with pytest.raises(UnknownArchitectureError) as raised:
+        detect_architecture(of(near, inputs=768))
+    assert f"{near} (nearest: {CROSS}" in raised.value.message
 
 
 def test_the_users_word_settles_it() -> None:
     assert detect_architecture(of(CROSS, inputs=2048), "sd1").id == "sd1"
     assert detect_architecture(replace(of(CROSS, inputs=2048), arch="sd2")).id == "sd2"
+    assert find_architecture("SDXL").id == "sdxl"
     with pytest.raises(UnknownArchitectureError) as raised:
         find_architecture("sdlx")
     assert "sdxl" in (raised.value.hint or "")
+    with pytest.raises(UnknownArchitectureError) as raised:
+        find_architecture("flux")
+    assert "flux1 or flux2" in (raised.value.hint or "")
 
 
 @every_architecture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loratools.adapter import Adapter
-from loratools.deltas import LayerDelta, LoRA, Replacement
+from loratools.deltas import FullDelta, LayerDelta, LoRA, Replacement
 from loratools.errors import MatchError, UnsupportedError
 from loratools.keymaps.architecture import Architecture, Component, Fused, Row
 from loratools.keymaps.translate import Naming, find_architecture, translate
@@ -341,6 +341,43 @@ def test_full_tensors_are_renamed_with_their_rows() -> None:
     assert set(back.extras) == set(extras)
     for name, extra in back.extras.items():
         assert torch.equal(next(iter(extra.tensors().values())), extras[name].value), name
+
+
+def test_vectors_end_to_end_are_a_table_in_diffusers() -> None:
+    krea = find_architecture("krea2")
+    vector, table = torch.arange(24.0), torch.arange(24.0).reshape(6, 4)
+    ours, theirs = "blocks.3.mod.lin", "transformer.transformer_blocks.3.scale_shift_table"
+    adapter = Adapter({f"diffusion_model.{ours}": FullDelta(vector, None)}, naming="original")
+    there = translate(adapter, krea, "diffusers")
+    assert torch.equal(there.layers[theirs].tensors()["weight"], table)
+    for naming, name in (
+        ("comfyui", f"diffusion_model.{ours}"),
+        ("kohya", "lora_unet_blocks_3_mod_lin"),
+    ):
+        back = translate(there, krea, naming).layers[name]
+        assert torch.equal(back.tensors()["weight"], vector)
+    base = {f"model.diffusion_model.{ours}": (24,)}
+    merged = translate(there, krea, "checkpoint", shapes=base).layers
+    assert torch.equal(merged[f"model.diffusion_model.{ours}"].tensors()["weight"], vector)
+    odd = replace(adapter, layers={f"diffusion_model.{ours}": FullDelta(vector[:23], None)})
+    with pytest.raises(MatchError, match="are not 6 vectors"):
+        translate(odd, krea, "diffusers")
+
+
+def test_a_replaced_projection_of_open_clip_is_turned() -> None:
+    """The checkpoint's own parameter is (in, out); diffusers' is a linear layer's weight."""
+    sdxl = find_architecture("sdxl")
+    weight = torch.arange(6.0).reshape(2, 3)
+    name = "text_encoder_2.text_projection.weight"
+    adapter = Adapter({}, extras={name: Replacement(weight)}, naming="diffusers")
+    theirs = "conditioner.embedders.1.model.text_projection"
+    block = "conditioner.embedders.1.model.transformer.resblocks.0."
+    base = {theirs: (3, 2), f"{block}mlp.c_fc.weight": (12, 3), f"{block}ln_1.weight": (3,)}
+    there = translate(adapter, sdxl, "checkpoint", shapes=base)
+    assert torch.equal(there.extras[theirs].tensors()["value"], weight.T)
+    plain = "text_encoders.clip_g.transformer.text_projection.weight"
+    comfy = translate(adapter, sdxl, "comfyui").extras
+    assert torch.equal(comfy[plain].tensors()["value"], weight)
 
 
 def test_unknown_full_tensors_are_refused() -> None:

@@ -140,6 +140,17 @@ def test_dora_has_no_norm_without_a_base(tmp_path: Path) -> None:
     assert "nan" not in report.to_json().lower()
 
 
+def test_shapes_that_only_the_base_knows() -> None:
+    """OFT and IA3 act on one side; the other has no size before a base is there."""
+    golden = Path(__file__).parents[1] / "golden/kohya/lycoris.safetensors"
+    shapes = {item["module"]: item["shape"] for item in summarize(golden).items}
+    unknown = {name for name, shape in shapes.items() if shape is None}
+    assert unknown == {
+        f"lycoris_{kind}_{layer}" for kind in ("oft", "boft", "ia3") for layer in ("conv", "to_q")
+    }
+    assert shapes["lycoris_dora_conv"] == [8, 4, 3, 3]
+
+
 # ── anomalies ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -163,7 +174,7 @@ def test_untrained_layers(tmp_path: Path) -> None:
     tensors = {**lora_keys("h.0.q"), **lora_keys("h.1.q")}
     tensors[f"{PREFIX}h.1.q.lora_B.weight"].zero_()
     report = summarize(save_adapter(tmp_path / "a", tensors))
-    assert [w.message for w in report.warnings if "1 layers change nothing" in w.message]
+    assert [w.message for w in report.warnings if "1 layer changes nothing" in w.message]
 
 
 def test_gaps_between_layers(tmp_path: Path) -> None:
@@ -177,6 +188,50 @@ def test_gaps_between_layers(tmp_path: Path) -> None:
     (gap,) = [note for note in report.notes if "not in" in note.message]
     assert gap.subject == "h.N.v"
     assert gap.message.endswith("not in: 1, 2")
+
+
+def test_stacks_of_different_lengths_have_no_gaps(tmp_path: Path) -> None:
+    """FLUX has 19 double and 38 single blocks: neither lacks what only the other has."""
+    tensors: Tensors = {}
+    for number in range(2):
+        tensors |= lora_keys(f"transformer_blocks.{number}.attn.to_q")
+    for number in range(4):
+        tensors |= lora_keys(f"single_transformer_blocks.{number}.attn.to_q")
+    report = summarize(save_adapter(tmp_path / "a", tensors))
+    assert "not in" not in words(report)
+
+
+def test_blocks_of_a_unet_differ_by_design(tmp_path: Path) -> None:
+    tensors: Tensors = {}
+    for block in (1, 3):
+        tensors |= lora_keys(f"down_blocks.{block}.attentions.0.proj_in")
+        tensors |= lora_keys(f"down_blocks.{block - 1}.resnets.0.conv1")
+    assert "not in" not in words(summarize(save_adapter(tmp_path / "a", tensors)))
+
+
+def test_gaps_of_flattened_names(tmp_path: Path) -> None:
+    tensors: Tensors = {}
+    for number in (0, 1, 2):
+        for part in ("q", "v") if number != 1 else ("q",):
+            stem = f"lora_te_text_model_encoder_layers_{number}_self_attn_{part}_proj"
+            tensors[f"{stem}.lora_down.weight"] = random(number, 2, 4)
+            tensors[f"{stem}.lora_up.weight"] = random(number + 9, 6, 2)
+            tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    (gap,) = [n for n in summarize(tmp_path / "a.safetensors").notes if "not in" in n.message]
+    assert gap.subject == "lora_te_text_model_encoder_layers_N_self_attn_v_proj"
+    assert gap.message == "adapted in 2 layers, but not in: 1"
+
+
+def test_an_architecture_that_is_not_known_is_told_in_one_line(tmp_path: Path) -> None:
+    tensors = {
+        "lora_unet_odd.lora_down.weight": random(1, 2, 4),
+        "lora_unet_odd.lora_up.weight": random(2, 6, 2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    notes = summarize(tmp_path / "a.safetensors").notes
+    assert [note.message.count("\n") for note in notes] == [0] * len(notes)
+    assert any(note.subject == "architecture" for note in notes)
 
 
 @pytest.mark.parametrize(("start", "word"), [("pissa", "moved the base"), ("corda", "cannot")])

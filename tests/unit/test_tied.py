@@ -254,3 +254,53 @@ def test_models_that_scale_by_the_tie_are_not_untied() -> None:
     assert caught.value.hint
     found, _ = resolve(base, on("shared.weight", ROWS))
     assert [p.delta for p in found["shared.weight"]] == [ROWS]
+
+
+# ── tables of encoder and decoder ────────────────────────────────────────────────────────────
+
+ENCODER, DECODER, SHARED = (
+    f"model.{name}.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "shared")
+)
+
+
+def bart(*more: str, **config: Any) -> BaseModel:
+    words = {"tie_word_embeddings": True, "architectures": ["BartForConditionalGeneration"]}
+    return make_base(SHARED, *more, **(words | config))
+
+
+@pytest.mark.parametrize("more", [(), (ENCODER, DECODER)], ids=["shared", "stored thrice"])
+def test_a_change_of_one_table_unties_all(more: tuple[str, ...]) -> None:
+    change = on(ENCODER, input_lora(head_lora()))
+    found, untied = resolve(bart(*more), change)
+    apart = {SHARED: [], HEAD: [], ENCODER: [change]}
+    assert found == (apart if more else {**apart, DECODER: []})
+    assert untied.config == {"tie_word_embeddings": False}
+    assert all(name in more or untied.sources[name] == SHARED for name in (ENCODER, DECODER))
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [
+        [on(ENCODER, ROWS)],
+        [on(ENCODER, Replacement(TABLE))],
+        [on(ENCODER, input_lora(head_lora())), on(SHARED, input_lora(head_lora(5)))],
+    ],
+    ids=["rows", "whole", "beside the shared one"],
+)
+def test_changes_that_may_be_for_all_tables(placements: list[Placement]) -> None:
+    with pytest.raises(UnsupportedError, match=ENCODER) as caught:
+        resolve(bart(), *placements)
+    assert caught.value.hint
+
+
+def test_tables_of_an_untied_model_are_its_own() -> None:
+    base = bart(ENCODER, DECODER, HEAD, tie_word_embeddings=False)
+    change = on(ENCODER, ROWS)
+    found, untied = resolve(base, change)
+    assert (found, untied.config) == ({ENCODER: [change]}, {})
+
+
+def test_a_table_of_a_model_that_scales_by_the_tie() -> None:
+    base = make_base("shared.weight", tie_word_embeddings=True, model_type="t5")
+    with pytest.raises(UnsupportedError, match="t5"):
+        resolve(base, on("encoder.embed_tokens.weight", input_lora(head_lora())))

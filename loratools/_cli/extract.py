@@ -1,0 +1,69 @@
+"""``loratools extract``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools._cli.options import (
+    ARCH,
+    DEVICE,
+    DRY_RUN,
+    DTYPE,
+    OUTPUT,
+    OVERWRITE,
+    PATH,
+    examples,
+    output_options,
+)
+from loratools._cli.output import Output
+from loratools._cli.startup import import_torch
+
+
+@click.command(
+    "extract",
+    epilog=examples(
+        "loratools extract llama-3-8b my-finetune -o adapter --rank 32",
+        "loratools extract sd15.safetensors anime.safetensors -o anime-lora.safetensors "
+        "--energy 0.9 --rank 64",
+    ),
+)
+@click.argument("base", type=PATH)
+@click.argument("tuned", type=PATH)
+@OUTPUT
+@click.option(
+    "--rank", type=int, metavar="N", help="Rank of each layer; the largest, with --energy."
+)
+@click.option(
+    "--energy", type=float, metavar="F", help="Share of each layer's change to keep, such as 0.9."
+)
+@click.option("--conv-rank", type=int, metavar="N", help="Rank of convolutions beyond 1x1.")
+@click.option("--to", metavar="FORMAT", help="Format to write; by default the model's own.")
+@click.option("--exact", is_flag=True, help="Compute dense SVDs: slow, never needed for accuracy.")
+@click.option(
+    "--include", multiple=True, metavar="REGEX", help="Only modules in which this is found."
+)
+@click.option(
+    "--exclude", multiple=True, metavar="REGEX", help="No modules in which this is found."
+)
+@click.option("--full", multiple=True, metavar="REGEX", help="Write these modules' change whole.")
+@DTYPE
+@DEVICE
+@ARCH
+@OVERWRITE
+@DRY_RUN
+@output_options
+def command(base: str, tuned: str, output: str, out: Output, **options: Any) -> None:
+    """Write what TUNED changed in BASE as an adapter.
+
+    BASE and TUNED are Hugging Face folders, diffusers folders or single weights files with the
+    same tensors. Each layer's difference is cut to a rank, with its error measured; norms and
+    biases are written whole where the format has words for them, and what is left out is reported.
+    """
+    import_torch()
+    from loratools.extract import extract_adapter
+
+    with out.progress("extracting") as progress:
+        report = extract_adapter(base, tuned, output, progress=progress, **options)
+    out.report(report)

@@ -1,0 +1,63 @@
+"""``loratools rebase``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools._cli.options import (
+    ARCH,
+    DEVICE,
+    DRY_RUN,
+    DTYPE,
+    OVERWRITE,
+    PATH,
+    examples,
+    output_options,
+)
+from loratools._cli.output import Output
+from loratools._cli.startup import import_torch
+
+
+@click.command(
+    "rebase",
+    epilog=examples(
+        "loratools rebase my-adapter --from model-v1 --onto model-v1.1 -o rebased --rank 16",
+        "loratools rebase style.safetensors --from sd15.safetensors --onto anime.safetensors "
+        "--rank 0",
+    ),
+)
+@click.argument("adapter", type=PATH)
+@click.option(
+    "--from", "source", required=True, type=PATH, metavar="BASE", help="The base it was made for."
+)
+@click.option(
+    "--onto", "target", required=True, type=PATH, metavar="BASE", help="The base it shall fit."
+)
+@click.option(
+    "--rank", required=True, type=int, metavar="K",
+    help="Rank of what is added to each layer; 0 only measures.",
+)  # fmt: skip
+@click.option("-o", "--output", type=PATH, metavar="OUT", help="What to write; not with --rank 0.")
+@click.option("--total-rank", type=int, metavar="N", help="Cut each layer's sum to this rank.")
+@click.option("--to", metavar="FORMAT", help="Format to write; by default the adapter's.")
+@click.option("--exact", is_flag=True, help="Compute dense SVDs: slow, never needed for accuracy.")
+@DTYPE
+@DEVICE
+@ARCH
+@OVERWRITE
+@DRY_RUN
+@output_options
+def command(adapter: str, output: str | None, out: Output, **options: Any) -> None:
+    """Carry ADAPTER from the base it was made for to another of the same shape.
+
+    To each layer's change the difference of the bases is added, cut to rank K: base B with the
+    result is then nearly base A with ADAPTER. The report says how far apart the bases are.
+    """
+    import_torch()
+    from loratools.rebase import rebase_adapter
+
+    with out.progress("comparing") as progress:
+        report = rebase_adapter(adapter, output, progress=progress, **options)
+    out.report(report)

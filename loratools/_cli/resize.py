@@ -1,0 +1,90 @@
+"""``loratools resize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools._cli.batch import output_for, split_inputs
+from loratools._cli.options import (
+    ARCH,
+    DEVICE,
+    DRY_RUN,
+    DTYPE,
+    OUTPUT,
+    OVERWRITE,
+    PATH,
+    examples,
+    output_options,
+)
+from loratools._cli.output import Output
+from loratools._cli.startup import import_torch
+
+
+@click.command(
+    "resize",
+    epilog=examples(
+        "loratools resize style.safetensors -o style-r8.safetensors --rank 8",
+        "loratools resize loras/*.safetensors -o small --max-size 32MiB --dry-run",
+    ),
+)
+@click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
+@OUTPUT
+@click.option("--rank", type=int, metavar="N", help="This rank in every layer.")
+@click.option("--energy", type=float, metavar="F", help="Keep this share of the energy Σσ².")
+@click.option("--sv-ratio", type=float, metavar="X", help="Keep σ above the largest / X.")
+@click.option("--sv-cumulative", type=float, metavar="F", help="Keep this share of Σσ.")
+@click.option("--sv-fro", type=float, metavar="F", help="Keep this share of the Frobenius norm.")
+@click.option("--max-size", metavar="SIZE", help="Most energy in SIZE (64MiB, 50MB) over all.")
+@click.option("--mean-rank", type=float, metavar="F", help="Most energy at this mean rank.")
+@click.option("--conv-rank", type=int, metavar="N", help="With --rank: of k×k convolutions.")
+@click.option("--max-rank", type=int, metavar="N", help="Without --rank: no layer gets more.")
+@click.option(
+    "--scope",
+    default="layer",
+    show_default=True,
+    type=click.Choice(["layer", "global"]),
+    help="Whether --energy is of each layer, or of all together.",
+)
+@click.option("--base", type=PATH, metavar="BASE", help="Its model: for DoRA and for --score.")
+@click.option(
+    "--score",
+    default="absolute",
+    show_default=True,
+    type=click.Choice(["absolute", "frobenius", "spectral"]),
+    help="Compare layers by σ, or by σ over this norm of the base weight.",
+)
+@click.option("--unbalanced", is_flag=True, help="Put the singular values into up alone.")
+@click.option(
+    "--compat", type=click.Choice(["sd-scripts"]), help="Count singular values as this tool does."
+)
+@ARCH
+@DTYPE
+@DEVICE
+@OVERWRITE
+@DRY_RUN
+@output_options
+def command(adapters: tuple[str, ...], output: str, out: Output, **options: Any) -> None:
+    """Write ADAPTERs at another rank, in their own format, with ΔW as near as the rank allows.
+
+    Give one rule: --rank, --energy, --sv-ratio, --sv-cumulative, --sv-fro, --max-size or
+    --mean-rank. With several ADAPTERs, or a folder of adapter files, OUT is a folder and each
+    keeps its name. --dry-run also shows what other ranks would keep and cost.
+    """
+    import_torch()
+    from loratools.svd_resize import resize_adapter
+
+    paths, many = split_inputs(adapters)
+    reports = [
+        resize_adapter(path, output_for(path, output, many=many, to=_kind(path)), **options)
+        for path in paths
+    ]
+    out.reports(reports, many=many)
+
+
+def _kind(path: str) -> str | None:
+    """Return ``peft`` for a folder: its result is one too."""
+    from pathlib import Path
+
+    return "peft" if Path(path).is_dir() else None

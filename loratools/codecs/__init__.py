@@ -1,0 +1,1 @@
+"""Quantised weights: codes and scales ↔ float, one scheme per file."""

@@ -1,0 +1,1 @@
+"""Several adapters side by side, and what becomes of each of their parts."""

@@ -1,0 +1,85 @@
+"""GGUF adapter files as bundles: tensors decoded on the way in, encoded on the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loratools.codecs.ggml_simple import Q8_0
+from loratools.errors import OptionError, UnsupportedError
+from loratools.formats.format import Bundle
+from loratools.tensorfiles.gguf import GGUFTensor, read_gguf_header
+from loratools.tensorfiles.gguf_tensors import block_entry, map_tensors, plain_entry
+from loratools.tensorfiles.gguf_types import MAGIC, TORCH_DTYPES
+from loratools.tensorfiles.gguf_words import metadata_from_words, words_from_metadata
+from loratools.tensorfiles.gguf_writing import Entry, save_gguf
+from loratools.tensorfiles.inputs import open_input
+
+_ADAPTER = ("general.type", "adapter")
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file is a GGUF file by its name or its first bytes."""
+    if path.suffix == ".gguf":
+        return True
+    with open_input(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def load_gguf(path: Path, source: str) -> Bundle:
+    """Read a GGUF adapter; of a model, tensors in blocks stay bytes.
+
+    Raises CorruptFileError, UnsupportedError: see ``read_gguf_header``.
+    """
+    header = read_gguf_header(path)
+    tensors = map_tensors(header)
+    words = words_from_metadata(header.metadata)
+    if words.get(_ADAPTER[0]) == _ADAPTER[1]:
+        tensors = {name: _decoded(header.tensors[name], raw) for name, raw in tensors.items()}
+    return Bundle(tensors, words, {}, source)
+
+
+def _decoded(tensor: GGUFTensor, raw: Tensor) -> Tensor:
+    kind = tensor.type.name
+    if kind in TORCH_DTYPES:
+        return raw
+    if kind != Q8_0.name:
+        raise UnsupportedError(
+            f"{tensor.file}: {tensor.name} is stored as {kind}",
+            hint="convert the adapter again as f32, f16, bf16 or q8_0",
+        )
+    return Q8_0.decode(raw)
+
+
+def save_bundle(path: Path, bundle: Bundle, storage: str | None = None) -> None:
+    """Write a bundle as a GGUF file.
+
+    Args:
+        path: the file.
+        bundle: tensors of plain numbers, and words that become metadata.
+        storage: ``q8_0`` for every tensor whose rows are whole blocks of it, and half precision
+            for the others, as llama.cpp's converter does; ``None``: each in its own dtype.
+
+    Raises:
+        OutputError: what the format cannot hold, or the system refuses to write.
+        OptionError: an unknown storage.
+    """
+    if storage not in (None, "q8_0"):
+        raise OptionError(f"unknown storage {storage!r}", hint="use q8_0")
+    metadata = metadata_from_words(bundle.metadata)
+    if storage:
+        metadata |= metadata_from_words({"general.quantization_version": "2"})
+    entries = [
+        _small(name, tensor) if storage else plain_entry(name, tensor)
+        for name, tensor in bundle.tensors.items()
+    ]
+    save_gguf(path, metadata, entries)
+
+
+def _small(name: str, tensor: Tensor) -> tuple[Entry, memoryview]:
+    if tensor.shape[-1] % Q8_0.elements:
+        return plain_entry(name, tensor.to(torch.float16))
+    raw = Q8_0.encode(tensor.to(torch.float32).contiguous())
+    return block_entry(name, Q8_0.name, tuple(tensor.shape), raw)

@@ -1,0 +1,1 @@
+"""Figures of spectra and alignments: one PNG, SVG or self-contained HTML file each."""

@@ -1,0 +1,64 @@
+"""How the rows of a tensor are stored: as plain numbers, or as blocks of a quantised type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loratools.codecs.block import BlockCodec
+from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """One way to store rows.
+
+    Attributes:
+        word: safetensors' dtype word or ggml's type name.
+        dtype: of what is read and written: the numbers', or uint8 for blocks.
+        codec: between blocks and float32, or None for plain numbers.
+    """
+
+    word: str
+    dtype: torch.dtype
+    codec: BlockCodec | None = None
+
+    def items(self, columns: int) -> int:
+        """Return how many items of ``dtype`` a row of so many numbers takes."""
+        return columns if self.codec is None else columns // self.codec.elements * self.codec.bytes
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Return rows as numbers: those of plain types as they are, others in float32."""
+        return raw if self.codec is None else self.codec.decode(raw)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Return float32 rows as they are stored in blocks; plain types are the caller's matter."""
+        assert self.codec is not None
+        return self.codec.encode(values)
+
+
+def storage_of(word: str) -> Storage:
+    """Return how a dtype word or ggml type stores rows."""
+    if word in DTYPES:
+        return Storage(word, torch_dtype(word))
+    return Storage(word, torch.uint8, block_codec(word))
+
+
+def block_codec(word: str) -> BlockCodec:
+    """Return the codec of a ggml type of blocks; raises KeyError for any other word."""
+    from loratools.codecs.ggml import GGML_TYPES
+
+    return GGML_TYPES[word].codec
+
+
+def stored_bytes(word: str, shape: Sequence[int]) -> int:
+    """Return the size of a tensor in a file; raises KeyError for an unknown word."""
+    count = math.prod(shape)
+    if word in DTYPES:
+        return count * DTYPES[word] // 8
+    codec = block_codec(word)
+    return count // codec.elements * codec.bytes
