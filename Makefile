@@ -54,9 +54,11 @@ types: venv ## check the types of the library
 docs: venv ## check the documentation: links, examples
 	@$(BIN)/python -m pytest tests/docs $(PYTEST_ARGS)
 
-bench: venv ## time converting, and merging against PEFT and cp (40 GB of disk; BENCH_ARGS=--skip-8b: 10 GB)
+bench: venv ## time the commands against their peers (40 GB of disk; BENCH_ARGS=--skip-8b: 10 GB; MERGEKIT=PYTHON)
 	@$(BIN)/python benchmarks/merge.py $(BENCH_ARGS)
 	@$(BIN)/python benchmarks/convert.py
+	@$(BIN)/python benchmarks/extract.py $(if $(MERGEKIT),--mergekit $(MERGEKIT),--tools loratools)
+	@$(BIN)/python benchmarks/compose.py
 	@$(BIN)/python benchmarks/resize.py
 
 format: venv ## rewrite the code in the house style

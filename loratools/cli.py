@@ -26,7 +26,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("unmerge", "Take adapters out of a merged model again."),
     ("convert", "Write adapters in another format, with the same change of weights."),
     ("resize", "Change adapters' rank, by the SVD of their factors."),
-    ("compose", "Combine adapters into one, exactly or by a method of the literature."),
+    ("compose", "Combine adapters into one, by an exact sum or another method."),
     ("extract", "Write what training changed in a model as an adapter."),
     ("rebase", "Carry an adapter to another base of the same shape."),
     ("diff", "Compare two adapters by the change they make."),

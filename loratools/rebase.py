@@ -230,7 +230,7 @@ def _carry(
     lora = plain[path]
     theirs = rows[0].weight(path).flatten(1)
     base_norm = float(theirs.norm(dtype=torch.float64))
-    apart = theirs.sub_(rows[1].weight(path).flatten(1)).to(device)
+    apart = theirs.sub_(rows[1].weight(path).flatten(1))
     norm = float(apart.norm(dtype=torch.float64))
     if not math.isfinite(norm):
         raise NonFiniteError(
@@ -240,7 +240,7 @@ def _carry(
     before = abs(lora.scale) * product_norm(*lora.factors())
     if norm == 0 or wish.rank == 0:
         return _Layer(path, lora, before, norm, base_norm, norm, 0)
-    kept = truncated_svd(apart, wish.rank, exact=wish.exact)
+    kept = truncated_svd(apart.to(device), wish.rank, exact=wish.exact)
     total = _sum(lora, kept)
     if wish.total_rank is None or total.rank <= wish.total_rank:
         return _Layer(path, total, before, norm, base_norm, kept.error * norm, kept.rank)

@@ -25,8 +25,7 @@ from loratools._cli.startup import import_torch
     "extract",
     epilog=examples(
         "loratools extract llama-3-8b my-finetune -o adapter --rank 32",
-        "loratools extract sd15.safetensors anime.safetensors -o anime-lora.safetensors "
-        "--energy 0.9 --rank 64",
+        "loratools extract base my-finetune -o adapter --energy 0.9 --dtype bf16",
     ),
 )
 @click.argument("base", type=PATH)

@@ -23,9 +23,8 @@ from loratools._cli.startup import import_torch
 @click.command(
     "rebase",
     epilog=examples(
-        "loratools rebase my-adapter --from model-v1 --onto model-v1.1 -o rebased --rank 16",
-        "loratools rebase style.safetensors --from sd15.safetensors --onto anime.safetensors "
-        "--rank 0",
+        "loratools rebase my-adapter --from base --onto my-finetune -o rebased --rank 16",
+        "loratools rebase my-adapter --from base --onto my-finetune --rank 0",
     ),
 )
 @click.argument("adapter", type=PATH)

@@ -14,6 +14,8 @@ from torch import Tensor
 _SHIFT = 12582912.0
 """1.5·2²³: added to a float32 below 2²² in size, it leaves the nearest integer in the mantissa."""
 
+_BELOW_HALF = 0.5 - 2.0**-25
+
 
 def square_root(values: Tensor) -> Tensor:
     """Return the correctly rounded square root."""
@@ -42,7 +44,8 @@ def nearest_int_(values: Tensor) -> Tensor:
 
 
 def round_half_away_(values: Tensor) -> Tensor:
-    """Round to the nearest integer, half away from zero as C's ``roundf``, in place."""
-    whole = values.trunc()
-    # The fraction is exact, and twice it is at least one where the number rounds away from zero.
-    return whole.add_(values.sub_(whole).mul_(2).trunc_())
+    """Round to the nearest integer, half away from zero as C's ``roundf``, in place.
+
+    With 0.5 itself, the number just below 0.5 would be rounded up by the addition.
+    """
+    return values.add_(torch.copysign(values.new_tensor(_BELOW_HALF), values)).trunc_()

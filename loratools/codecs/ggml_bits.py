@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,9 +27,9 @@ def write_half(values: Tensor) -> Tensor:
     return halves.view(torch.uint8)
 
 
-def require_finite(values: Tensor) -> None:
-    """Raise :class:`NonFiniteError` for a block that the format cannot hold."""
-    if not bool(values.isfinite().all()):
+def require_finite(values: Tensor, limit: float = math.inf) -> None:
+    """Raise :class:`NonFiniteError` unless every magnitude is below ``limit``."""
+    if not bool((values.abs() < limit).all()):
         raise NonFiniteError(
             "a weight is NaN or infinite, or too large for the float16 scale of its block",
             "Keep this tensor in F32 or BF16.",

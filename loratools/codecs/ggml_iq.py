@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ def _decode(raw: Tensor, name: str) -> Tensor:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    values = dequantize(raw.cpu().contiguous().numpy(), GGMLQuantizationType[name])
+    with np.errstate(all="ignore"):  # a scale may be anything in a damaged file
+        values = dequantize(raw.cpu().contiguous().numpy(), GGMLQuantizationType[name])
     return torch.from_numpy(values).to(raw.device)
 
 

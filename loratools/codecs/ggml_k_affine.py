@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loratools.codecs.block import BlockCodec
-from loratools.codecs.columns import as_column, in_order_sum
+from loratools.codecs.columns import as_column, borrow, in_order_sum
 from loratools.codecs.exact import divide, nearest_int_, square_root
 from loratools.codecs.ggml_bits import join_bits, read_half, split_bits, write_half
 from loratools.codecs.ggml_search import AffineFit, AffineGrid, fit_affine
@@ -69,7 +69,7 @@ def _codes(columns: Tensor, step: Tensor, shift: Tensor, fit: AffineFit, top: in
 
     A sub-block whose stored scale is 0 keeps the codes of the search.
     """
-    scaled = (columns + shift).div_(step)
+    scaled = torch.add(columns, shift, out=borrow(columns, *columns.shape)).div_(step)
     empty = step == 0
     if bool(empty.any()):
         scaled[:, empty] = fit.codes(columns, top)[:, empty]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loratools.codecs.block import BlockCodec
+from loratools.codecs.columns import borrow
 from loratools.codecs.exact import divide, nearest_int_
 from loratools.codecs.ggml_bits import join_bits, read_half, split_bits, write_half
 from loratools.codecs.ggml_signed_search import (
@@ -55,7 +56,7 @@ def _codes(
     the sub-blocks where its argument is set.
     """
     step = (read_half(half) * multiples).flatten()
-    rounded = nearest_int_(columns / step)
+    rounded = nearest_int_(torch.div(columns, step, out=borrow(columns, *columns.shape)))
     codes = rounded.clamp_(-bound, bound - 1).add_(bound).to(torch.uint8)
     empty = step == 0
     if bool(empty.any()):

@@ -13,9 +13,13 @@ from torch import Tensor
 
 from loratools.codecs.columns import as_column, borrow, in_order_sum, replace
 from loratools.codecs.exact import divide, nearest_int_
+from loratools.codecs.ggml_bits import require_finite
 
 NEGLIGIBLE = 1e-15
 """Below this magnitude ggml takes a sub-block for zeros."""
+
+_HUGE = 2.0**40
+"""Scales of such weights do not fit float16, and sums of their cubes might not fit float32."""
 
 _REFITS = 5
 _SLICE = 2048
@@ -23,9 +27,14 @@ _SLICE = 2048
 
 
 def first_peaks(values: Tensor) -> Tensor:
-    """Return (n,) of (m, n): the value of largest magnitude in each column, the first of equals."""
+    """Return (n,) of (m, n): the value of largest magnitude in each column, the first of equals.
+
+    Raises:
+        NonFiniteError: a value that is not finite, or so large that no type has a scale for it.
+    """
     high, low = values.amax(0), values.amin(0)
     peak = torch.where(high > -low, high, low)
+    require_finite(peak, _HUGE)
     tied = (high == -low).nonzero().squeeze(-1)
     if len(tied):
         columns = values[:, tied]
@@ -38,6 +47,10 @@ def fit_signed(values: Tensor, half: int) -> Tensor:
 
     Nineteen inverse scales around -half / peak, which do not depend on one another.
     """
+    return torch.cat([_fit(part.contiguous(), half) for part in _slices(values)], -1)
+
+
+def _fit(values: Tensor, half: int) -> Tensor:
     peak = first_peaks(values)
     sum_xl, sum_ll = _sums(values, _inverses(peak, half), half)
     winner = _winners(sum_xl, sum_ll)
@@ -48,11 +61,19 @@ def fit_signed(values: Tensor, half: int) -> Tensor:
 
 def signed_codes(values: Tensor, half: int) -> Tensor:
     """Return the codes, uint8 (m, n) from 0 for -half, that ``fit_signed`` settles on."""
+    return torch.cat([_codes(part.contiguous(), half) for part in _slices(values)], -1)
+
+
+def _codes(values: Tensor, half: int) -> Tensor:
     peak = first_peaks(values)
     inverses = _inverses(peak, half)
     inverse = inverses.gather(0, _winners(*_sums(values, inverses, half)))
     codes = (values * inverse).round_().clamp_(-half, half - 1).add_(half)
     return codes.masked_fill_(peak.abs() < NEGLIGIBLE, 0).to(torch.uint8)
+
+
+def _slices(values: Tensor) -> tuple[Tensor, ...]:
+    return values.split(_SLICE if values.device.type == "cpu" else values.shape[1], 1)
 
 
 def _inverses(peak: Tensor, half: int) -> Tensor:
@@ -65,25 +86,16 @@ def _inverses(peak: Tensor, half: int) -> Tensor:
 
 def _sums(values: Tensor, inverses: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """Return Σwxl and Σwl², (19, n) each, of every candidate and column."""
-    size = _SLICE if values.device.type == "cpu" else values.shape[1]
-    parts = zip(values.split(size, 1), inverses.split(size, 1), strict=True)
-    sums = [_sum_part(part.contiguous(), own.contiguous(), half) for part, own in parts]
-    sum_xl, sum_ll = torch.cat(sums, -1)
-    return sum_xl, sum_ll
-
-
-def _sum_part(values: Tensor, inverses: Tensor, half: int) -> Tensor:
-    """Return Σwxl and Σwl², (2, 19, n), for the inverse scales (19, n) of some columns."""
     codes, product = borrow(values, 2, len(values), *inverses.shape)
     array = as_column(product)
-    sums = inverses.new_empty(2, *inverses.shape)
+    sum_xl, sum_ll = inverses.new_empty(2, *inverses.shape)
     squares = values * values
     torch.mul(values.unsqueeze(1), inverses, out=codes).round_().clamp_(-half, half - 1)
     torch.mul((squares * values).unsqueeze(1), codes, out=product)
-    in_order_sum(array, as_column(sums[0]))
+    in_order_sum(array, as_column(sum_xl))
     torch.mul(squares.unsqueeze(1), codes, out=product).mul_(codes)
-    in_order_sum(array, as_column(sums[1]))
-    return sums
+    in_order_sum(array, as_column(sum_ll))
+    return sum_xl, sum_ll
 
 
 def _winners(sum_xl: Tensor, sum_ll: Tensor) -> Tensor:

@@ -25,6 +25,16 @@ def first_peak(values: Tensor) -> Tensor:
     return peak + 0.0  # not the −0 of a block of −0: its sign would reach the scale
 
 
+def first_minimum(values: Tensor) -> Tensor:
+    """Return (n,) of (n, k): the least value; of zeros the first, with its sign."""
+    low = values.amin(-1)
+    zero = (low == 0).nonzero().squeeze(-1)
+    if len(zero):
+        rows = values[zero]
+        low[zero] = rows.gather(-1, rows.eq(0).int().argmax(-1, keepdim=True)).squeeze(-1)
+    return low
+
+
 def _inverse(scale: Tensor) -> Tensor:
     """Return 1/scale (n, 1), and 0 where the scale is 0."""
     return torch.where(scale == 0, 0.0, divide(1.0, scale)).unsqueeze(-1)
@@ -68,8 +78,8 @@ def _encode_symmetric(values: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 def _encode_offset(values: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (scale bytes, minimum bytes, codes) with codes 0 … top from minimum to maximum."""
-    low = values.amin(-1)
-    scale = divide(values.amax(-1) - low, float(top))
+    low = first_minimum(values)
+    scale = divide(values.amax(-1) - low + 0.0, float(top))
     inverse = _inverse(scale)
     codes = (values - low.unsqueeze(-1)).mul_(inverse).add_(0.5)
     return write_half(scale), write_half(low), _truncated(codes, inverse, top)

@@ -14,7 +14,7 @@ from loratools.keymaps.gguf_fusion import FUSED, fuse_parts, part_names, split_n
 from loratools.keymaps.gguf_model import Step
 from loratools.keymaps.gguf_names import Hit, ModelNames, in_memory, names_of, spell
 from loratools.keymaps.gguf_ops import Parts
-from loratools.keymaps.gguf_to import experts_of, first_stack, ops_of
+from loratools.keymaps.gguf_to import first_stack, ops_of
 from loratools.suggest import counted
 
 _SHOWN = 12
@@ -153,14 +153,14 @@ def _is_there(hit: Hit, base: GGUFBase, known: frozenset[str]) -> bool:
 def _undone(group: _Group, base: GGUFBase) -> dict[str, LoRA | ExpertLoRA]:
     step, block = group.hit.step, group.hit.block
     parts: Parts = [group.parts.get(place) for place in range(len(step.targets))]
+    count = parts[0].weight_shape[0] if step.stacks and parts[0] is not None else 0
     try:
-        for op in reversed(ops_of(step, base, block)):
+        for op in reversed(ops_of(step, base, block, count)):
             parts = op.undo(parts)
     except LoratoolsError as error:
         raise type(error)(f"{group.sources[0]}: {error.message}", hint=error.hint) from error
     start = first_stack(step, base)
     if step.stacks:
-        count = experts_of(step, base, block)
         paths = [spell(step.sources[0], block, expert, start) for expert in range(count)]
     else:
         paths = [spell(name, block, None, start) for name in step.sources]

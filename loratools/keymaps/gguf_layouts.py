@@ -244,7 +244,15 @@ def value_heads_in(config: BaseConfig, block: Block) -> Ops:
 
 def latent_kv(config: BaseConfig, block: Block) -> Ops:
     """DeepSeek V2 and later: each head's key and value; keys are stored the other way round."""
-    heads = config.kv_heads(block)
+    return _latent(config, config.kv_heads(block))
+
+
+def latent_heads(config: BaseConfig, block: Block) -> Ops:
+    """The same, where the number of query heads counts (GLM 5, Ling 3)."""
+    return _latent(config, config.heads(block))
+
+
+def _latent(config: BaseConfig, heads: int) -> Ops:
     key, value = config.number("qk_nope_head_dim"), config.number("v_head_dim")
 
     def order(rows: int) -> Tensor:

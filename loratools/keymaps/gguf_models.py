@@ -9,6 +9,7 @@ from __future__ import annotations
 from loratools.keymaps import gguf_layouts as lay
 from loratools.keymaps.gguf_model import GGUFModel, Step
 from loratools.keymaps.gguf_models_hybrid import HYBRID_MODELS
+from loratools.keymaps.gguf_models_latent import LATENT_MODELS
 from loratools.keymaps.gguf_models_old import OLD_MODELS
 from loratools.keymaps.gguf_rows import (
     ATTENTION,
@@ -61,10 +62,12 @@ LLAMA_MODELS: tuple[GGUFModel, ...] = (
     M("nanbeige", ("NanbeigeForCausalLM",), _ROTARY),
     M("mistral3", ("Mistral3ForConditionalGeneration", "Ministral3ForCausalLM"), _ROTARY,
       needs={"kv_lora_rank": False}),
-    M("mistral4", ("Mistral3ForConditionalGeneration",), _DEEPSEEK + rows(
+    M("mistral4", ("Mistral3ForConditionalGeneration",), LATENT + GATED + rows(
         LAYERS,
+        ("mlp.gate", "ffn_gate_inp"),
         ("mlp.experts.gate_up_proj", "ffn_gate_up_exps", lay.experts_in),
-    ), needs={"kv_lora_rank": True}),
+        ("mlp.experts.down_proj", "ffn_down_exps", lay.experts_down),
+    ) + SHARED_EXPERTS + TOP, needs={"kv_lora_rank": True}),
     M(
         "deci",
         ("DeciLMForCausalLM",),
@@ -343,6 +346,7 @@ MODELS: tuple[GGUFModel, ...] = (
     *DENSE_MODELS,
     *MIXTURE_MODELS,
     *HYBRID_MODELS,
+    *LATENT_MODELS,
     *OLD_MODELS,
     *REFUSED_MODELS,
 )

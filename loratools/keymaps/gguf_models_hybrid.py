@@ -44,7 +44,7 @@ _NEMOTRON = (
 )
 
 HYBRID_MODELS: tuple[GGUFModel, ...] = (
-    M("qwen3next", ("Qwen3NextForCausalLM",), ATTENTION + GATED + rows(
+    M("qwen3next", ("Qwen3NextForCausalLM",), ATTENTION + rows(
         LAYERS,
         ("linear_attn.in_proj_qkvz", "attn_qkv attn_gate", lay.qkvz),
         ("linear_attn.in_proj_ba", "ssm_ba"),

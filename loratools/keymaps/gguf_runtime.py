@@ -19,7 +19,7 @@ _IGNORED: Mapping[str, str] = {
     "bailingmoe3": r"attn_\w+",
     "minicpm3": r"attn_(?:q_a|q_b|kv_a_mqa|kv_b)",
     "plm": r"attn_(?:q|kv_a_mqa|kv_b)",
-    "deepseek4": r"attn_out_a|output",
+    "deepseek4": r"attn_output_a|output",
     "gemma3n": r"altup_\w+",
     **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), r"ffn_latent_\w+"),
     **dict.fromkeys(

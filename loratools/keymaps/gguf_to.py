@@ -195,9 +195,12 @@ def experts_of(step: Step, base: GGUFBase, block: int | None) -> int:
     return count // 2 if "chunk_experts" in step.sources[0] else count
 
 
-def ops_of(step: Step, base: GGUFBase, block: int | None) -> tuple[Op, ...]:
-    """Return everything that happens to a row's weights in a block."""
-    stack = (Stack(experts_of(step, base, block)),) if step.stacks else ()
+def ops_of(step: Step, base: GGUFBase, block: int | None, count: int = 0) -> tuple[Op, ...]:
+    """Return everything that happens to a row's weights in a block.
+
+    ``count``: of experts, where the adapter tells; else the base does.
+    """
+    stack = (Stack(count or experts_of(step, base, block)),) if step.stacks else ()
     return (*stack, *(step.layout(base.config, block) if step.layout else ()))
 
 

@@ -102,7 +102,7 @@ def energy_missed(ritz: Tensor, residual: float, largest: float) -> float:
         residual: ‖C‖² (Frobenius), the sum of squared residuals ‖A v_j − θ_j v_j‖².
         largest: λ_max(H), or an upper bound.
     """
-    theta = ritz.to(torch.float64).cpu()
+    theta = ritz.cpu().to(torch.float64)
     gaps = (theta - largest)[theta > largest]
     scale = math.sqrt(residual / len(theta)) or largest or 1.0
     tries = scale * torch.logspace(-4, 4, 81, base=4, dtype=torch.float64)
@@ -112,8 +112,9 @@ def energy_missed(ritz: Tensor, residual: float, largest: float) -> float:
 
 
 def _square(block: Tensor) -> float:
-    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+    columns = torch.linalg.vector_norm(block, dim=0).cpu()
+    return float(torch.linalg.vector_norm(columns, dtype=torch.float64)) ** 2
 
 
 def _inner(one: Tensor, other: Tensor) -> float:
-    return float((one * other).sum(dtype=torch.float64))
+    return float((one * other).sum(dim=0).cpu().sum(dtype=torch.float64))

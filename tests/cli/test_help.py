@@ -19,9 +19,12 @@ import pytest
 
 from loratools import __version__, merge_into_base, summarize_files, unmerge_from_base
 from loratools.cli import COMMANDS
+from loratools.compose import compose_adapters
 from loratools.convert import convert_adapter
 from loratools.demo import run_demo
+from loratools.extract import extract_adapter
 from loratools.formats import FORMATS, get_format
+from loratools.rebase import rebase_adapter
 from loratools.svd_resize import resize_adapter
 from loratools.verify import compare_adapters
 from tests.image_adapters import write_kohya_sdxl
@@ -34,11 +37,14 @@ TWINS: dict[str, Callable[..., Any]] = {
     "unmerge": unmerge_from_base,
     "convert": convert_adapter,
     "resize": resize_adapter,
+    "compose": compose_adapters,
+    "extract": extract_adapter,
+    "rebase": rebase_adapter,
     "diff": compare_adapters,
     "inspect": summarize_files,
     "demo": run_demo,
 }
-WITHOUT_TWIN = {"formats"}
+WITHOUT_TWIN = {"formats", "methods"}
 SEVERAL = {"convert": {"adapters": "adapter"}, "resize": {"adapters": "adapter"}}
 """Commands that call their twin for each of several inputs: their word → the twin's."""
 SHARED = {"json", "quiet", "verbose"}
@@ -118,6 +124,7 @@ def named_as_in_examples(here: Path, run: Run) -> Path:
     for number in (1, 2):
         write_kohya_sdxl(here / f"loras/{number}.safetensors", seed=number)
     assert run("merge", "llama-3-8b", "my-adapter:0.7", "-o", "given", "-q").code == 0
+    shutil.copytree(here / "given", here / "my-finetune")
     return here
 
 
@@ -142,12 +149,16 @@ def test_examples_run(named_as_in_examples: Path, run: Run, name: str, line: str
 
 def test_filters_in_examples_name_real_keys(run: Run) -> None:
     """A ``jq '.items[].KEY'`` after the bar asks for a key that the items have."""
-    filters = [
-        line.partition("| jq ")[2].strip("'") for _, line in all_examples() if "| jq" in line
-    ]
-    assert filters == ["." + ".".join(["items[]", filters[0].rpartition(".")[2]])]
-    key = filters[0].rpartition(".")[2]
-    assert all(key in item for item in run("formats", "--json").document["items"])
+    filters = {
+        name: line.partition("| jq ")[2].strip("'")
+        for name, line in all_examples()
+        if "| jq" in line
+    }
+    assert filters.keys() == {"formats", "methods"}
+    for name, text in filters.items():
+        key = text.rpartition(".")[2]
+        assert text == f".items[].{key}"
+        assert all(key in item for item in run(name, "--json").document["items"])
 
 
 # ---------------------------------------------------------------------------- twins
@@ -172,6 +183,9 @@ REQUIRED = {
     "unmerge": ["merged", "-o", "out"],
     "convert": ["adapter", "-o", "out", "--to", "kohya"],
     "resize": ["adapter", "-o", "out"],
+    "compose": ["adapter", "-o", "out"],
+    "extract": ["base", "tuned", "-o", "out"],
+    "rebase": ["adapter", "--from", "a", "--onto", "b", "--rank", "0"],
     "diff": ["adapter", "second"],
     "inspect": ["adapter"],
     "demo": [],
@@ -216,6 +230,7 @@ LIGHT = {
     "help": (["--help"], {}),
     "version": (["--version"], {}),
     "formats": (["formats"], {}),
+    "methods": (["methods"], {}),
     "merge help": (["merge", "--help"], {}),
     "completion": (
         [],

@@ -27,7 +27,9 @@ COMMANDS = {
     "diff": ["diff", "adapter", "adapter"],
     "inspect adapter": ["inspect", "adapter"],
     "inspect base": ["inspect", "base"],
+    "compose": ["compose", "adapter:0.7", "second", "-o", "out", "--rank", "4"],
     "formats": ["formats"],
+    "methods": ["methods"],
     "demo": ["demo"],
 }
 
@@ -101,7 +103,7 @@ def test_text_goes_to_stdout_without_escapes(here: Path, run: Run, name: str) ->
 def test_quiet_prints_only_answers(here: Path, run: Run, name: str) -> None:
     outcome = run(*COMMANDS[name], "-q")
     assert (outcome.code, outcome.err) == (0, "")
-    assert bool(outcome.out) == (COMMANDS[name][0] in ("inspect", "formats"))
+    assert bool(outcome.out) == (COMMANDS[name][0] in ("inspect", "formats", "methods"))
 
 
 def test_quiet_still_prints_errors(here: Path, run: Run) -> None:

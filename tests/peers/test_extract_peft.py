@@ -59,7 +59,7 @@ def everything(name: str, tensor: torch.Tensor) -> bool:
 
 
 BASES: dict[str, Callable[[Path], Base]] = {
-    "llama": lambda folder: builders.llama(folder),
+    "llama": builders.llama,
     "llama, sharded": lambda folder: builders.llama(folder, shard_size="20KB"),
     "llama, tied": lambda folder: builders.llama(folder, tied=True),
     "llama, biases": lambda folder: builders.llama(folder, attention_bias=True, mlp_bias=True),

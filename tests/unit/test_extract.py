@@ -373,6 +373,18 @@ def test_the_same_bytes_every_time(pair: tuple[Path, Path]) -> None:
     assert first == second
 
 
+@pytest.mark.gpu
+def test_the_same_on_an_accelerator(pair: tuple[Path, Path]) -> None:
+    folder = pair[0].parent
+    reports = [
+        extract_adapter(*pair, folder / device, rank=5, device=device) for device in ("cpu", "auto")
+    ]
+    assert reports[1].facts["share_captured"] == pytest.approx(reports[0].facts["share_captured"])
+    one, two = (load_adapter(folder / device).layers for device in ("cpu", "auto"))
+    for path, delta in one.items():
+        assert (product(two[path]) - product(delta)).norm() < 1e-3 * product(delta).norm()
+
+
 # ── failures ─────────────────────────────────────────────────────────────────────────────────
 
 WRONG: dict[str, tuple[dict[str, Any], type[LoratoolsError], str]] = {

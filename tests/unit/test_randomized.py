@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratools.linalg import randomized
+from loratools.linalg import certificates, randomized
 from loratools.linalg.factored import SVD
 from loratools.linalg.norm_bounds import bound_largest_eigenvalue, energy_missed
 from loratools.linalg.randomized import (
@@ -109,6 +109,17 @@ def test_planted_factors_are_found(rank: int) -> None:
     found = truncated_svd(up @ down.T, rank)
     assert relative_error(up @ down.T, found.svd) < 1e-5
     assert found.error < 1e-5
+
+
+def test_small_errors_are_measured_on_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the norms would cancel; in several blocks of rows."""
+    monkeypatch.setattr(certificates, "_ROWS", 70)
+    for size in (3e-2, 1e-3):
+        matrix = with_values(leading(torch.linspace(9, 3, 8))) + size * noise()
+        found = truncated_svd(matrix, 8)
+        true = relative_error(matrix, found.svd)
+        assert found.error == pytest.approx(true, rel=1e-3)
+        assert true <= 1.02 * least_error(matrix, 8) + 1e-6
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (7, 5), (300, 4), (97, 97)], ids=str)
@@ -230,7 +241,7 @@ def test_energy_missed_is_never_less_than_what_was_missed(seed: int) -> None:
 
 def test_the_dense_svd_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no basis is large enough to prove anything, the answer is still right."""
-    monkeypatch.setattr(randomized, "_certified_least", lambda *_: None)
+    monkeypatch.setattr(randomized, "certified_least", lambda *_: None)
     found = truncated_svd(SPECTRA["power law"], 8)
     assert found.dense
     assert found.error == pytest.approx(least_error(SPECTRA["power law"], 8), rel=1e-4)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import _type_traits, dequantize, quantize
-from tests.ggml_blocks import ROW, Rows, edge_cases, random_rows
 
 from loratools.codecs import ggml_k_affine, ggml_search, ggml_signed_search
 from loratools.codecs.block import BlockCodec
 from loratools.codecs.ggml import GGML_BY_ID, GGML_TYPES, find_ggml_type
 from loratools.errors import CorruptFileError, InputError, NonFiniteError, UnsupportedError
+from tests.ggml_blocks import ROW, Rows, edge_cases, random_rows
 
 CODECS = {name: row.codec for name, row in GGML_TYPES.items()}
 WRITTEN = [name for name, codec in CODECS.items() if codec.can_encode]
@@ -177,7 +177,9 @@ def test_what_is_read_only_names_larger_types(name: str) -> None:
     assert "importance matrix" in str(caught.value.hint)
     offered = [other for other in WRITTEN if f" {other}" in str(caught.value.hint)]
     assert len(offered) >= 3
-    assert all(CODECS[other].bytes * 256 / CODECS[other].elements > CODECS[name].bytes for other in offered)
+    assert all(
+        CODECS[other].bytes * 256 / CODECS[other].elements > CODECS[name].bytes for other in offered
+    )
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones() -> None:

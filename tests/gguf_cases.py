@@ -70,7 +70,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "BaichuanForCausalLM": {"num_key_value_heads": HEADS},
     "XverseForCausalLM": {"num_key_value_heads": HEADS},
     "BloomForCausalLM": {"num_key_value_heads": HEADS},
-    "PlamoForCausalLM": {"num_attention_heads": 40, "hidden_size": 5120, "head_dim": 128},
+    "PlamoForCausalLM": {"num_attention_heads": 40},
     "RuGPT3XLForCausalLM": {"num_key_value_heads": HEADS},
     "GroveMoeForCausalLM": {"num_experts": 2 * EXPERTS},
     "HrmTextForCausalLM": {"num_layers_per_stack": BLOCKS},
@@ -97,7 +97,7 @@ CONVERTER: dict[str, Any] = {
     "expert_layer_period": 1,
     "shared_intermediate_size": FF,
     "intermediate_size_mlp": FF,
-    "layer_types": ["attention"] * BLOCKS,
+    "layer_types": ["mamba", "attention"],
     "layers_block_type": ["mamba", "attention"],
     "mamba_expand": 2,
     "mamba_d_conv": 4,
@@ -132,8 +132,18 @@ CONVERTER: dict[str, Any] = {
     "qk_scale_factor": 1.0,
     "gating": "per-head",
     "ple_config": {},
+    "linear_attn_config": {
+        "full_attn_layers": [2], "kda_layers": [1], "short_conv_kernel_size": 4, "head_dim": SIZE,
+        "num_heads": HEADS,
+    },
+    "num_hash_layers": 0,
+    "layer_group_size": 2,
 }
 """What constructors of llama.cpp's converters also ask for."""
+
+PLAMO = 80
+"""Rows and columns of PLaMo's attention: any multiple of its 40 heads."""
+PLAMO_OF_THE_CONVERTER = {"plamo_q": 5120, "plamo_o": 5120}
 
 _QKV = (HEADS + 2 * KEYS) * SIZE
 _ROWS: dict[str, int] = {
@@ -155,16 +165,17 @@ _ROWS: dict[str, int] = {
     "qkvz": 2 * (2 * 4 + 2 * 3 * 3),
     "value_heads_after_keys": 2 * 2 * 4 + 6 * 3,
     "latent_kv": KEYS * (5 + 3),
+    "latent_heads": HEADS * (5 + 3),
     "expert_rows": EXPERTS * FF,
     "expert_rows_turned": EXPERTS * FF,
     "negated_halves": HEADS * SIZE,
     "falcon_h1_in": 2 * 6 + 2 * 6 + 4,
-    "plamo_q": 5120,
-    "plamo_o": 5120,
+    "plamo_q": PLAMO,
+    "plamo_o": PLAMO,
 }
 """Layout → output rows of a weight that it fits; 12 for all others."""
 
-_COLUMNS: dict[str, int] = {"plamo_q": 5120, "plamo_o": 5120, "value_heads_in": 6 * 3}
+_COLUMNS: dict[str, int] = {"plamo_q": PLAMO, "plamo_o": PLAMO, "value_heads_in": 6 * 3}
 _STACKS: dict[str, tuple[int, int]] = {
     "experts_gate_up": (2 * FF, HIDDEN),
     "experts_in": (FF, HIDDEN),
@@ -213,7 +224,8 @@ def converter_config(model: GGUFModel) -> dict[str, Any]:
         "num_kv_heads": config["num_key_value_heads"],
     }
     if not config["num_experts"]:
-        full |= {"num_local_experts": 0, "n_routed_experts": None, "moe_num_experts": None}
+        full |= dict.fromkeys(("n_routed_experts", "moe_num_experts", "num_experts_per_tok"))
+        full["num_local_experts"] = 0
     elif config["num_experts"] != EXPERTS:
         del full["num_local_experts"]
     if config.get("mamba_layers") is None and "mamba_layers" in model.needs:
@@ -227,7 +239,9 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def delta_for(step: Step, place: int, seed: int, rank: int = 2, alpha: float = 4.0) -> LayerDelta:
+def delta_for(
+    step: Step, place: int, seed: int, rank: int = 2, alpha: float = 4.0, experts: int = EXPERTS
+) -> LayerDelta:
     """Return a LoRA for a source of a row, in the shape that the checkpoint stores."""
     layout = getattr(step.layout, "__name__", "")
     name = step.sources[place]
@@ -236,7 +250,7 @@ def delta_for(step: Step, place: int, seed: int, rank: int = 2, alpha: float = 4
         out, inner = _STACKS[layout]
         out *= 2 if layout == "experts_in" and step.targets[0].endswith("gate_up_exps") else 1
         return ExpertLoRA(
-            random(seed, EXPERTS, rank, inner), random(seed + 1, EXPERTS, out, rank), alpha
+            random(seed, experts, rank, inner), random(seed + 1, experts, out, rank), alpha
         )
     rows, columns = special or _ROWS.get(layout, FF), _COLUMNS.get(layout, HIDDEN)
     role = "embedding" if step.targets == ("token_embd",) else "linear"
@@ -258,11 +272,19 @@ def adapter_for(
 ) -> Adapter:
     """Return an adapter of some rows of a model, in one block."""
     layers: dict[str, LayerDelta] = {}
+    experts = base.config.get("num_experts") or EXPERTS
     for step in steps:
         count = experts_of(step, base, block) if step.stacks else 0
         for path, place in paths_of(step, block, count):
-            layers[path] = delta_for(step, place, seed=len(layers) * 2 + 7, **words)
+            seed = len(layers) * 2 + 7
+            layers[path] = delta_for(step, place, seed, experts=experts, **words)
     return Adapter(in_natural_order(layers))
+
+
+def use_sizes_of_the_converter() -> None:
+    """Take the sizes that llama.cpp's converter has built in."""
+    _ROWS.update(PLAMO_OF_THE_CONVERTER)
+    _COLUMNS.update(PLAMO_OF_THE_CONVERTER)
 
 
 def step_sets(model: GGUFModel) -> list[tuple[Step, ...]]:
