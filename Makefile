@@ -13,7 +13,7 @@ HASH := $(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(b''.join(open
 STAMP := $(VENV)/.made-from-$(HASH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test peers lint types docs bench format clean
+.PHONY: help venv demo test llama peers lint types docs bench format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -39,7 +39,24 @@ demo: venv ## make a small base and adapter, merge them, prove the result
 test: venv ## run the tests (PYTEST_ARGS="-k merge" for some of them)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# llama.cpp by llama-cpp-python, which has its source: the library is built into the environment, the
+# converter's scripts are unpacked beside it. Where that fails, the tests that need it are skipped.
+LLAMA := $(VENV)/llama.cpp
+
+llama: $(LLAMA)/.made ## build llama.cpp for its tests (once; a quarter of an hour)
+
+$(LLAMA)/.made: requirements/llama.txt | venv
+	@echo "Building llama.cpp (once; $(LLAMA)) ..." >&2
+	@rm -rf $(LLAMA) $(VENV)/llama-source && mkdir -p $(VENV)/llama-source
+	@$(PIP) download --no-deps --no-binary :all: --dest $(VENV)/llama-source --requirement $<
+	@tar -xzf $(VENV)/llama-source/*.tar.gz -C $(VENV)/llama-source --strip-components=1
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DMTMD_BUILD=OFF" $(PIP) install --constraint $(LOCK) $(VENV)/llama-source
+	@mv $(VENV)/llama-source/vendor/llama.cpp $(LLAMA)
+	@rm -rf $(VENV)/llama-source
+	@touch $@
+
 peers: venv ## run the slow tests: long comparisons with the reference tools
+	@$(MAKE) --no-print-directory llama || echo "llama.cpp is not there: its tests are skipped" >&2
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: venv ## check style, formatting, the layers of imports, spelling

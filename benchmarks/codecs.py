@@ -50,6 +50,7 @@ class Row:
     same: bool | None
 
     def line(self) -> str:
+        """Return the row as Markdown."""
         ratio = f"{self.ours / self.c:.2f}" if self.c else "–"
         speeds = [f"{speed:.0f}" if speed else "–" for speed in (self.ours, self.gguf_py, self.c)]
         same = {True: "yes", False: "NO", None: "–"}[self.same]

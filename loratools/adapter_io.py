@@ -16,20 +16,9 @@ from loratools.formats.format import Bundle, Format, Listing
 from loratools.formats.gguf_file import is_gguf, load_gguf, save_bundle
 from loratools.formats.kohya_metadata import with_hashes
 from loratools.tensorfiles.atomic import staged_output
+from loratools.tensorfiles.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_SUFFIXES
 from loratools.tensorfiles.safetensors import load_tensors, save_tensors
 from loratools.tensorfiles.torch_zip import load_torch
-
-WEIGHT_NAMES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-)
-"""What an adapter folder's weights are called, PEFT's names and diffusers'; the first that exists
-is read, as PEFT does."""
-
-_SIDECARS = ("adapter_config.json",)
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -108,7 +97,7 @@ def find_weights(path: Path) -> Path:
         raise MissingFileError(
             f"no such file or folder: {path}", hint="check the path; relative paths start here"
         )
-    direct = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+    direct = [path / name for name in ADAPTER_WEIGHTS if (path / name).is_file()]
     if direct:
         return direct[0]
     nested = _nested_weights(path)
@@ -127,19 +116,19 @@ def _nested_weights(path: Path) -> list[Path]:
     folders = sorted(child for child in path.iterdir() if child.is_dir())
     found = []
     for folder in folders:
-        names = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]
+        names = [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
         found += names[:1]
     return found
 
 
 def _no_weights(path: Path) -> MissingFileError:
     single = sorted(child.name for child in path.glob("*.safetensors"))
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         hint = "adapter_config.json is here but the weights are not; finish the download"
     elif (path / "config.json").is_file() or single:
         hint = "this looks like a base model; name the adapter's folder or file instead"
     else:
-        hint = f"an adapter folder holds {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]}"
+        hint = f"an adapter folder holds {ADAPTER_WEIGHTS[0]} or {ADAPTER_WEIGHTS[2]}"
     return MissingFileError(f"{path}: no adapter weights in this folder", hint=hint)
 
 
@@ -147,7 +136,7 @@ def load_bundle(weights: Path, source: str) -> Bundle:
     """Read a weights file and the side files that formats look at."""
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    if weights.suffix in _TORCH_SUFFIXES:
+    if weights.suffix in TORCH_SUFFIXES:
         tensors, metadata = load_torch(weights), {}
     elif is_gguf(weights):
         return load_gguf(weights, source)
@@ -155,7 +144,7 @@ def load_bundle(weights: Path, source: str) -> Bundle:
         tensors, metadata = load_tensors(weights)
     sidecars = {
         name: _read_text(weights.parent / name)
-        for name in _SIDECARS
+        for name in (ADAPTER_CONFIG,)
         if (weights.parent / name).is_file()
     }
     return Bundle(tensors, metadata, sidecars, source)

@@ -4,59 +4,44 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loratools.basetensors import BaseTensor, elements, find_weights
 from loratools.errors import CorruptFileError, InputError, MissingFileError, UnsupportedError
-from loratools.tensorfiles.gguf import GGUFHeader
+from loratools.tensorfiles.file_names import (
+    ADAPTER_CONFIG,
+    INDEX_SUFFIX,
+    LEFT_FOLDERS,
+    MODEL_WEIGHTS,
+    PIPELINE_INDEX,
+    PIPELINE_NETWORKS,
+    TORCH_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    index_wins,
+)
+from loratools.tensorfiles.gguf import GGUFHeader, GGUFTensor
 from loratools.tensorfiles.gguf_split import open_gguf
 from loratools.tensorfiles.header import Header, read_header
 from loratools.tensorfiles.sharded import check_index, read_index
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = [
+    "INDEX_SUFFIX", "BaseModel", "BaseTensor", "Pipeline", "Shard", "elements", "is_pipeline",
+    "open_base", "open_pipeline", "read_json_object",
+]  # fmt: skip
 
-INDEX_SUFFIX = ".index.json"
-_SINGLE = (
-    "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin",
-    "diffusion_pytorch_model.bin",
-)  # fmt: skip
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+"""How the metadata key of a folded tensor's own shape begins."""
 _FETCH_AGAIN = "fetch or save the file again"
-_LEFT_FOLDERS = re.compile(r"\.git|\.cache|__pycache__|checkpoint-\d+")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BaseTensor:
-    """One tensor of a base and where its values are.
-
-    Attributes:
-        name: as the checkpoint calls it.
-        dtype: safetensors' word (``BF16``), or ggml's name of a type (``Q4_K``).
-        shape: as stored.
-        file: the shard that holds it.
-        start: absolute byte offset of its contiguous values in ``file``, or ``None`` when they
-            are in ``values``.
-        values: the (memory-mapped) tensor, for containers without byte ranges.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int | None = None
-    values: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weights file of a base, tensors in file order."""
+    """One weights file of a base, its stored tensors in file order."""
 
     path: Path
     tensors: tuple[BaseTensor, ...]
@@ -76,6 +61,7 @@ class BaseModel:
         config: ``config.json`` as an object, or ``None``.
         side_files: files beside the weights that belong to the model, relative to ``path``.
         left_out: files that are not taken along (other copies of the weights), relative.
+        packed: quantised weights that are made of several stored tensors.
     """
 
     path: Path
@@ -85,6 +71,7 @@ class BaseModel:
     config: Mapping[str, Any] | None = None
     side_files: tuple[Path, ...] = ()
     left_out: tuple[Path, ...] = ()
+    packed: tuple[BaseTensor, ...] = ()
 
     @property
     def is_folder(self) -> bool:
@@ -104,17 +91,44 @@ class BaseModel:
 
     @cached_property
     def tensors(self) -> Mapping[str, BaseTensor]:
-        """Every tensor by name."""
-        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+        """Every tensor by name, quantised weights as the float weights that they stand for."""
+        parts = self.parts
+        found: dict[str, BaseTensor] = {}
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                whole = parts.get(tensor.name, tensor)
+                found.setdefault(whole.name, whole)
+        for name in self.companions:
+            found.pop(name, None)
+        return found
+
+    @cached_property
+    def companions(self) -> Mapping[str, str]:
+        """Stored tensors that only matter beside a quantised weight → that weight's name."""
+        return {
+            beside.name: weight.name
+            for weight in self.packed
+            if weight.packed
+            for beside in weight.packed.companions
+        }
+
+    @cached_property
+    def parts(self) -> Mapping[str, BaseTensor]:
+        """The weight that each stored part belongs to, by the part's name."""
+        return {
+            part.name: weight
+            for weight in self.packed
+            if weight.packed
+            for part in weight.packed.tensors.values()
+        }
 
     @cached_property
     def main_dtype(self) -> str:
         """The float dtype that most elements have."""
         sizes: Counter[str] = Counter()
-        for shard in self.shards:
-            for tensor in shard.tensors:
-                if tensor.dtype.startswith(("F", "BF")):
-                    sizes[tensor.dtype] += elements(tensor.shape)
+        for tensor in self.tensors.values():
+            if tensor.dtype.startswith(("F", "BF")):
+                sizes[tensor.dtype] += elements(tensor.shape)
         return sizes.most_common(1)[0][0] if sizes else "F32"
 
     def config_words(self, name: str) -> list[Any]:
@@ -132,27 +146,21 @@ class BaseModel:
         return text.get(name) if isinstance(text, Mapping) else None
 
 
-def elements(shape: tuple[int, ...]) -> int:
-    """Return the number of elements of a shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def open_base(path: str | os.PathLike[str]) -> BaseModel:
     """Open a Hugging Face or diffusers component folder, one weights file, or a split GGUF file.
 
     Raises:
         MissingFileError: nothing there, or a folder without weights.
-        CorruptFileError: headers or index that contradict themselves.
-        UnsupportedError: an adapter or a pipeline where a model belongs, or an unknown container.
+        CorruptFileError: headers or index that contradict themselves, quantised weights without
+            their scales.
+        UnsupportedError: an adapter or a pipeline where a model belongs, an unknown container or
+            scheme of quantisation.
     """
     where = Path(path)
     if where.is_file() and where.suffix == ".gguf":
         return BaseModel(where, tuple(_gguf_shard(part) for part in open_gguf(where).parts))
     if where.is_file():
-        return BaseModel(where, (_open_shard(where),))
+        return _with_packed(BaseModel(where, (_open_shard(where),)))
     if not where.is_dir():
         raise MissingFileError(
             f"no such file or folder: {where}", hint="check the path; relative paths start here"
@@ -163,7 +171,13 @@ def open_base(path: str | os.PathLike[str]) -> BaseModel:
     metadata = _check_index(where / index, shards) if index else None
     used = {where / name for name in names}
     side, left = _side_files(where, used, index)
-    return BaseModel(where, shards, index, metadata, _read_config(where), side, left)
+    opened = BaseModel(where, shards, index, metadata, _read_config(where), side, left)
+    return _with_packed(opened)
+
+
+def _with_packed(base: BaseModel) -> BaseModel:
+    stored = [tensor for shard in base.shards for tensor in shard.tensors]
+    return replace(base, packed=find_weights(stored, base.config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,19 +201,9 @@ class Pipeline:
         return (self.path, *inside, *(self.path / name for name in self.other_files))
 
 
-_ADAPTED = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-)
-
-
 def is_pipeline(path: Path) -> bool:
     """Return whether ``path`` is a diffusers pipeline folder."""
-    return (path / "model_index.json").is_file()
+    return (path / PIPELINE_INDEX).is_file()
 
 
 def open_pipeline(path: Path) -> Pipeline:
@@ -207,10 +211,10 @@ def open_pipeline(path: Path) -> Pipeline:
 
     Raises: as ``open_base`` for each of them.
     """
-    components = {name: open_base(path / name) for name in _ADAPTED if (path / name).is_dir()}
+    components = {name: open_base(path / name) for name in PIPELINE_NETWORKS if (path / name).is_dir()}
     if not components:
         raise MissingFileError(
-            f"{path}: a pipeline without any of {', '.join(_ADAPTED)}",
+            f"{path}: a pipeline without any of {', '.join(PIPELINE_NETWORKS)}",
             hint="finish the download: merge needs the networks' folders",
         )
     others = [
@@ -225,7 +229,7 @@ def _files_below(where: Path) -> Iterator[Path]:
     Raises InputError for a link to a folder around it, which would have no end.
     """
     for folder, folders, files in os.walk(where, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _LEFT_FOLDERS.fullmatch(name))
+        folders[:] = sorted(name for name in folders if not LEFT_FOLDERS.fullmatch(name))
         for path in (Path(folder) / name for name in folders):
             if path.is_symlink() and _leads_back(path):
                 raise InputError(f"{path}: a link to a folder around it", hint="remove the link")
@@ -244,7 +248,7 @@ def _refuse_other_folders(where: Path) -> None:
             f"{where}: a diffusers pipeline, not one model",
             hint="name one of its components, such as its unet or transformer folder",
         )
-    if (where / "adapter_config.json").is_file() and not (where / "config.json").is_file():
+    if (where / ADAPTER_CONFIG).is_file() and not (where / "config.json").is_file():
         raise InputError(
             f"{where}: an adapter, not a base model", hint="the base comes first, then the adapters"
         )
@@ -253,11 +257,9 @@ def _refuse_other_folders(where: Path) -> None:
 def _weight_files(where: Path) -> tuple[list[str], str | None]:
     """Return the weights' file names in order, and their index's name if they are sharded."""
     present = {child.name for child in where.iterdir()}
-    for single in _SINGLE:
+    for single in MODEL_WEIGHTS:
         index = single + INDEX_SUFFIX
-        # transformers reads the whole file where both are present, diffusers the index.
-        sharded = index in present and (single not in present or single.startswith("diffusion"))
-        if sharded:
+        if index in present and index_wins(single, whole=single in present):
             shards = set(read_index(where / index).weight_map.values())
             return sorted(shards), index
         if single in present:
@@ -265,7 +267,7 @@ def _weight_files(where: Path) -> tuple[list[str], str | None]:
     others = sorted(name for name in present if name.endswith(".safetensors"))
     if len(others) == 1:
         return others, None
-    hint = f"a model folder holds one of: {', '.join(_SINGLE)} (or their index)"
+    hint = f"a model folder holds one of: {', '.join(MODEL_WEIGHTS)} (or their index)"
     if others:
         hint = f"several weights files ({', '.join(others[:4])}): name the file itself"
     raise MissingFileError(f"{where}: no model weights in this folder", hint=hint)
@@ -278,7 +280,7 @@ def _check_index(index: Path, shards: tuple[Shard, ...]) -> Mapping[str, Any]:
 
 
 def _open_shard(path: Path) -> Shard:
-    if path.suffix in _TORCH_SUFFIXES:
+    if path.suffix in TORCH_SUFFIXES:
         return _open_torch(path)
     if path.suffix == ".safetensors":
         header = read_header(path)
@@ -295,10 +297,27 @@ def _open_shard(path: Path) -> Shard:
 
 def _gguf_shard(header: GGUFHeader) -> Shard:
     tensors = tuple(
-        BaseTensor(tensor.name, tensor.type.name, tensor.shape, tensor.file, tensor.start)
+        BaseTensor(tensor.name, tensor.type.name, _shape(header, tensor), tensor.file, tensor.start)
         for tensor in header.tensors.values()
     )
     return Shard(header.path, tensors, {}, header)
+
+
+def _shape(header: GGUFHeader, tensor: GGUFTensor) -> tuple[int, ...]:
+    """Return the shape that the model has, where the file folds it for the sake of its blocks.
+
+    Files of image models (ComfyUI-GGUF) keep it in a word beside the tensor.
+    """
+    said = header.word(f"{ORIGINAL_SHAPE}{tensor.name}")
+    if not isinstance(said, list):
+        return tensor.shape
+    sizes = tuple(size for size in said if isinstance(size, int) and size > 0)
+    if len(sizes) != len(said) or elements(sizes) != elements(tensor.shape):
+        raise CorruptFileError(
+            f"{header.path}: {tensor.name} is {tensor.shape}, and said to have been {said}",
+            _FETCH_AGAIN,
+        )
+    return sizes
 
 
 def _open_torch(path: Path) -> Shard:
@@ -348,9 +367,9 @@ def _side_files(
 def _is_other_copy(path: Path, where: Path) -> bool:
     """Return whether a file holds the model's weights once more, so that a merge makes it stale."""
     # With an adapter's config beside it, transformers takes a model for an adapter.
-    if path.name == "adapter_config.json":
+    if path.name == ADAPTER_CONFIG:
         return True
-    if path.suffix not in _WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
+    if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
         return False
     # A sub-folder with its own config is another module (sentence-transformers' 2_Dense).
     is_module = path.parent != where and (path.parent / "config.json").is_file()

@@ -115,12 +115,17 @@ def _language_base(
 
 
 def _combine_all(job: Job) -> dict[str, Outcome]:
-    """Combine every layer, several at a time; the result does not depend on how many."""
+    """Combine every layer, several at a time; the result does not depend on how many.
+
+    Dense layers go one by one, because T of them at a time are in memory as it is.
+    """
 
     def one(item: tuple[str, Column]) -> tuple[str, Outcome]:
         path, column = item
         return path, combine_layer(path, column, job.weights.of(path), job.recipe)
 
+    if job.recipe.method.space == "dense":
+        return dict(map(one, job.columns.items()))
     with one_thread_kernels(), ThreadPoolExecutor(resolve_compute().workers) as pool:
         return dict(pool.map(one, job.columns.items()))
 

@@ -8,9 +8,11 @@
     │   ├── UnknownArchitectureError no known model has these modules, or several have
     │   ├── MalformedAdapterError an adapter whose tensors do not belong together
     │   ├── UnsupportedError      recognised, and refused with the reason
+    │   ├── HubError              a reference or repository on the Hub that cannot be read
     │   └── NonFiniteError        NaN or infinity where a number belongs
     ├── MatchError              an adapter tensor finds no home in the base
     ├── OutputError             the destination exists, is unsafe, or cannot hold the result
+    │   └── UploadError           the Hub does not take what was to be pushed
     └── OptionError             options that contradict each other or the input
 
 ``message`` says what and where; ``hint`` says the next step.
@@ -60,12 +62,20 @@ class NonFiniteError(InputError):
     """NaN or infinity in an adapter, a base weight or a result."""
 
 
+class HubError(InputError):
+    """A reference or a repository on the Hub that cannot be read."""
+
+
 class MatchError(LoratoolsError):
     """An adapter tensor that finds no home in the base, or not exactly one."""
 
 
 class OutputError(LoratoolsError):
     """The destination exists, would destroy an input, or cannot hold the result."""
+
+
+class UploadError(OutputError):
+    """The Hub does not take what was to be pushed, or it should not be pushed as it is."""
 
 
 class OptionError(LoratoolsError):

@@ -5,16 +5,14 @@ W' = W + Σ strength·(change), summed in float32 and rounded once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from loratools.adapter_io import find_weights
 from loratools.basemodel import BaseModel, Pipeline, is_pipeline, open_base, open_pipeline
 from loratools.compute import Compute, resolve_compute
-from loratools.deltas import Replacement
 from loratools.errors import MatchError
 from loratools.planning.absent_layers import describe_absent, find_absent_layers
 from loratools.planning.block_shares import share_by_block
@@ -27,10 +25,10 @@ from loratools.planning.merge_plan import (
     load_adapters,
     plan_merge,
 )
+from loratools.planning.merge_report import MergeJob, merge_report, touched_tensors
 from loratools.planning.networks import plan_pipeline
-from loratools.planning.no_change import Touched, refuse_no_change, refuse_untrained
-from loratools.planning.placement import Placement
-from loratools.planning.quantising import KEEP, retained_fact, retention_notes
+from loratools.planning.no_change import refuse_no_change, refuse_untrained
+from loratools.planning.quantising import KEEP
 from loratools.planning.unmerge_plan import (
     bound_notes,
     error_bounds,
@@ -38,7 +36,7 @@ from loratools.planning.unmerge_plan import (
     plan_unmerge,
 )
 from loratools.report import Json, Note, Report
-from loratools.streaming.blocks import TensorResult, TensorWork
+from loratools.streaming.blocks import TensorResult
 from loratools.streaming.checkpoint import Results, check_suffix, write_checkpoints
 from loratools.streaming.rewriting import Progress
 from loratools.tensorfiles.atomic import require_space
@@ -101,11 +99,11 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     shares = share_by_block(shares, block_strengths, arch) if block_strengths else shares
     if isinstance(opened, Pipeline):
         plans = plan_pipeline(opened, shares, plan, arch)
-        job = _Job(root, plans, loaded, opened.files, opened.other_files)
+        job = MergeJob(root, plans, loaded, opened.files, opened.other_files)
     else:
-        job = _Job(root, {"": plan(opened, shares)}, loaded, opened.files)
+        job = MergeJob(root, {"": plan(opened, shares)}, loaded, opened.files)
     results = _write(job, Path(output), compute, overwrite, dry_run, progress)
-    report = _report("merge", job, results, None if dry_run else str(output))
+    report = merge_report("merge", job, results, None if dry_run else str(output))
     return replace(report, notes=(*report.notes, *_absent_notes(opened, loaded)))
 
 
@@ -159,12 +157,12 @@ def unmerge_from_base(
     plans = _unmerge_plans(model, original, loaded, arch)
     files = (*model.files, *(original.files if original else ()))
     others = model.other_files if isinstance(model, Pipeline) else ()
-    job = _Job(Path(merged), plans, loaded, files, others)
+    job = MergeJob(Path(merged), plans, loaded, files, others)
     results = _write(job, Path(output), compute, overwrite, dry_run, progress)
     facts: dict[str, Json] = {"method": "copied from base" if original else "subtracted"}
     facts |= {"base": str(base)} if original else {}
     more, notes = _bounds(plans, results)
-    report = _report("unmerge", job, results, None if dry_run else str(output))
+    report = merge_report("unmerge", job, results, None if dry_run else str(output))
     facts = {**report.facts, **facts, **more}
     return replace(report, facts=facts, notes=(*report.notes, *notes))
 
@@ -202,27 +200,8 @@ def _bounds(
     return bound_notes(bounds, changed) if changed else ({}, [])
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What will be written, and from what.
-
-    Attributes:
-        root: the base or pipeline, as the user gave it.
-        plans: sub-folder → plan; the empty name for a model by itself.
-        loaded: the adapters.
-        files: every file that is read, since any may be a link to somewhere else.
-        other_files: files below ``root`` that are copied as they are.
-    """
-
-    root: Path
-    plans: Mapping[str, MergePlan]
-    loaded: Sequence[LoadedAdapter]
-    files: Sequence[Path]
-    other_files: Sequence[Path] = ()
-
-
 def _write(
-    job: _Job,
+    job: MergeJob,
     target: Path,
     compute: Compute,
     overwrite: bool,
@@ -248,134 +227,6 @@ def _write(
         other_files=job.other_files,
         overwrite=overwrite,
         inputs=inputs,
-        accept=lambda results: refuse_no_change(_touched(job, results)),
+        accept=lambda results: refuse_no_change(touched_tensors(job, results)),
         progress=progress,
     )
-
-
-def _touched(job: _Job, results: Results) -> list[Touched]:
-    found = []
-    for component, plan in job.plans.items():
-        works = plan.checkpoint.works
-        for name, result in results[component].items():
-            found.append(Touched(plan.placements.get(name, ()), works[name].dtype, result))
-    return found
-
-
-def _report(operation: str, job: _Job, results: Results, output: str | None) -> Report:
-    items: list[dict[str, Json]] = []
-    notes: list[Note] = []
-    for component, plan in job.plans.items():
-        found = results.get(component, {})
-        works = plan.checkpoint.works
-        for name, placements in plan.placements.items():
-            items += [_item(component, works[name], p, found.get(name)) for p in placements]
-        notes += [*plan.notes, *_replacement_notes(plan, found), *_unchanged_notes(plan, found)]
-        notes += retention_notes(found)
-    return Report(
-        operation,
-        (str(job.root), *(one.path for one in job.loaded)),
-        output,
-        {"adapters": [_adapter_fact(one) for one in job.loaded], **_tensor_facts(job, results)},
-        tuple(items),
-        tuple(dict.fromkeys(notes)),
-        dry_run=output is None,
-    )
-
-
-def _adapter_fact(one: LoadedAdapter) -> dict[str, Json]:
-    return {
-        "path": one.path,
-        "strength": one.strength,
-        "layers": len(one.adapter.layers),
-        "extras": len(one.adapter.extras),
-        "parameters": one.adapter.parameters,
-    }
-
-
-def _tensor_facts(job: _Job, results: Results) -> dict[str, Json]:
-    works = [
-        (w, plan.checkpoint.base)
-        for plan in job.plans.values()
-        for w in plan.checkpoint.works.values()
-    ]
-    touched = [work for work, base in works if _moved(work, base)]
-    every = [result for of_one in results.values() for result in of_one.values()]
-    facts: dict[str, Json] = {
-        "tensors": len(works),
-        "tensors_touched": len(touched),
-        "tensors_added": sorted(work.name for work, base in works if work.name not in base.tensors),
-        "parameters_touched": sum(work.elements for work in touched),
-        "bytes_written": sum(work.nbytes for work, _ in works),
-        "bytes_copied": sum(work.nbytes for work, _ in works if work.is_copy),
-        "dtypes": sorted({work.dtype for work, _ in works}),
-    }
-    if len(job.plans) > 1:
-        facts["components"] = list(job.plans)
-    if every:
-        facts["tensors_changed"] = sum(result.changed for result in every)
-        facts["relative_change"] = _relative_change(every)
-        facts |= retained_fact(every)
-    return facts
-
-
-def _moved(work: TensorWork, base: BaseModel) -> bool:
-    """Return whether a work does more to the base's own tensor than copy or convert it."""
-    return work.folds is not None or work.source is not base.tensors.get(work.name)
-
-
-def _relative_change(results: Sequence[TensorResult]) -> float:
-    change = sum(result.change_norm**2 for result in results)
-    weight = sum(result.result_norm**2 for result in results)
-    return float((change / weight) ** 0.5) if weight else math.inf
-
-
-def _item(
-    component: str, work: TensorWork, placement: Placement, result: TensorResult | None
-) -> dict[str, Json]:
-    delta = placement.delta
-    return {
-        "component": component or None,
-        "tensor": work.name,
-        "module": placement.module,
-        "adapter": placement.adapter,
-        "kind": delta.kind,
-        "part": placement.part,
-        "rank": getattr(delta, "rank", None),
-        "alpha": getattr(delta, "alpha", None),
-        "strength": placement.strength,
-        "transposed": placement.transposed,
-        "shape": list(work.shape),
-        "file": work.source.file.name,
-        "dtype": work.dtype,
-        "changed": result.changed if result else None,
-        "change_norm": result.change_norm if result else None,
-        "result_norm": result.result_norm if result else None,
-        "retained": result.retained if result else None,
-    }
-
-
-def _replacement_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> Iterator[Note]:
-    for name, placements in plan.placements.items():
-        if any(isinstance(placement.delta, Replacement) for placement in placements):
-            kept = name in results and not results[name].changed
-            word = "the adapter's copy equals the base's" if kept else "replaced by the adapter's"
-            yield Note(word, subject=name)
-
-
-def _unchanged_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> list[Note]:
-    same = [
-        name
-        for name, result in results.items()
-        if not result.changed and any(p.new_shape is None for p in plan.placements.get(name, ()))
-    ]
-    if not same:
-        return []
-    names = ", ".join(same[:4]) + (f" and {len(same) - 4} more" if len(same) > 4 else "")
-    return [
-        Note(
-            f"{len(same)} touched tensors kept every value (zero, or below their precision): "
-            f"{names}",
-            "warning",
-        )
-    ]

@@ -133,10 +133,21 @@ CONVERTER: dict[str, Any] = {
     "gating": "per-head",
     "ple_config": {},
     "linear_attn_config": {
-        "full_attn_layers": [2], "kda_layers": [1], "short_conv_kernel_size": 4, "head_dim": SIZE,
+        "full_attn_layers": [2],
+        "kda_layers": [1],
+        "short_conv_kernel_size": 4,
+        "head_dim": SIZE,
         "num_heads": HEADS,
     },
     "num_hash_layers": 0,
+    "topk_method": "noaux_tc",
+    "swa_qk_nope_head_dim": 5,
+    "swa_qk_rope_head_dim": 4,
+    "swa_v_head_dim": 3,
+    "swa_head_dim": 9,
+    "swa_kv_lora_rank": HIDDEN,
+    "swa_num_attention_heads": HEADS,
+    "scoring_func": "sigmoid",
     "layer_group_size": 2,
 }
 """What constructors of llama.cpp's converters also ask for."""
@@ -255,7 +266,9 @@ def delta_for(
     rows, columns = special or _ROWS.get(layout, FF), _COLUMNS.get(layout, HIDDEN)
     role = "embedding" if step.targets == ("token_embd",) else "linear"
     if role == "embedding":
-        return LoRA(random(seed, rank, VOCABULARY), random(seed + 1, HIDDEN, rank), alpha, role=role)
+        return LoRA(
+            random(seed, rank, VOCABULARY), random(seed + 1, HIDDEN, rank), alpha, role=role
+        )
     return LoRA(random(seed, rank, columns), random(seed + 1, rows, rank), alpha)
 
 
@@ -267,9 +280,7 @@ def paths_of(step: Step, block: int, count: int = EXPERTS) -> Iterator[tuple[str
             yield spell(name, block, expert, 0), place
 
 
-def adapter_for(
-    steps: tuple[Step, ...], base: GGUFBase, block: int = 1, **words: Any
-) -> Adapter:
+def adapter_for(steps: tuple[Step, ...], base: GGUFBase, block: int = 1, **words: Any) -> Adapter:
     """Return an adapter of some rows of a model, in one block."""
     layers: dict[str, LayerDelta] = {}
     experts = base.config.get("num_experts") or EXPERTS

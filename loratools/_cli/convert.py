@@ -24,8 +24,7 @@ from loratools._cli.startup import import_torch
     "convert",
     epilog=examples(
         "loratools convert style.safetensors -o style-diffusers.safetensors --to diffusers",
-        "loratools convert loras/*.safetensors -o converted --to comfyui --dtype fp16",
-        "loratools convert my-adapter -o my-adapter.gguf --to gguf --base my-model",
+        "loratools convert my-adapter -o my-adapter.gguf --to gguf --base llama-3-8b",
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")

@@ -46,9 +46,9 @@ def ratio(numerator: float, denominator: Column, out: Column) -> None:
 
 
 def replace(target: Column, mask: Column, values: Column | float) -> None:
-    """Write ``values`` into ``target``, (..., n), where ``mask``, (n,), is set."""
+    """Write ``values``, of the same shape or one number, into ``target`` (n,) where ``mask`` is."""
     if isinstance(target, np.ndarray):
-        np.copyto(target, values, where=mask)
+        np.putmask(target, mask, values)
     else:
         target.copy_(torch.where(mask, values, target))
 

@@ -41,14 +41,14 @@ def _nearest(values: Tensor, unit: Tensor) -> Tensor:
     return (codes | ((values < 0) & (codes > 0)).to(torch.uint8) << 3).masked_fill_(unit == 0, 0)
 
 
-def _half_power(exponent: Tensor) -> Tensor:
+def half_power(exponent: Tensor) -> Tensor:
     """Return 2^(e − 128), float32, of uint8 e (E8M0 halved)."""
     wide = exponent.int()
     return torch.where(wide < 2, 0x200000 << wide, (wide - 1) << 23).view(torch.float32)
 
 
 def _decode_mxfp4(raw: Tensor) -> Tensor:
-    return _levels(raw[:, 1:]).mul_(_half_power(raw[:, :1]))
+    return _levels(raw[:, 1:]).mul_(half_power(raw[:, :1]))
 
 
 def _encode_mxfp4(values: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _encode_mxfp4(values: Tensor) -> Tensor:
     exponent = largest.double().log2().float().floor() + 125
     # Below 2⁻¹²⁵ the exponent wraps around, as the reference's conversion to a byte does.
     byte = torch.where(largest > 0, exponent, 0.0).to(torch.int32).bitwise_and_(255).to(torch.uint8)
-    codes = _nearest(values, _half_power(byte))
+    codes = _nearest(values, half_power(byte))
     return torch.cat([byte, join_bits(codes.split(16, -1), 4)], -1)
 
 

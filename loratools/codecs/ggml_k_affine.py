@@ -40,9 +40,9 @@ def _quantise(values: Tensor, size: int, grid: AffineGrid, limit: int) -> _Super
     units, multiples = _integers(both, limit)
     halves = write_half(units.t())
     step, shift = (read_half(halves).t().unsqueeze(-1) * multiples).flatten(1)
-    codes = _codes(columns, step, shift, fit, grid.top)
+    codes = _codes(values.view(-1, size), step.unsqueeze(-1), shift.unsqueeze(-1), fit, grid.top)
     scales, minima = multiples.to(torch.uint8)
-    return _SuperBlocks(halves, scales, minima, codes.t().reshape(-1, 256))
+    return _SuperBlocks(halves, scales, minima, codes.view(-1, 256))
 
 
 def _weights(columns: Tensor, grid: AffineGrid) -> Tensor:
@@ -64,15 +64,15 @@ def _integers(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return divide(largest, float(limit)), multiples
 
 
-def _codes(columns: Tensor, step: Tensor, shift: Tensor, fit: AffineFit, top: int) -> Tensor:
-    """Return the codes of (m, n) weights, rounded with the scales as stored; uint8.
+def _codes(values: Tensor, step: Tensor, shift: Tensor, fit: AffineFit, top: int) -> Tensor:
+    """Return the codes of (n, m) weights, rounded with the scales (n, 1) as stored; uint8.
 
     A sub-block whose stored scale is 0 keeps the codes of the search.
     """
-    scaled = torch.add(columns, shift, out=borrow(columns, *columns.shape)).div_(step)
+    scaled = torch.add(values, shift, out=borrow(values, *values.shape)).div_(step)
     empty = step == 0
     if bool(empty.any()):
-        scaled[:, empty] = fit.codes(columns, top)[:, empty]
+        scaled = torch.where(empty, fit.codes(values, top), scaled)
     return nearest_int_(scaled).clamp_(0, top).to(torch.uint8)
 
 
@@ -84,7 +84,7 @@ def _pack_six_bits(scales: Tensor, minima: Tensor) -> Tensor:
     return torch.cat([*high, low], -1)
 
 
-def _unpack_six_bits(raw: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_six_bits(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Return scales and minima, (n, 8) uint8 each, of (n, 12) bytes."""
     low = raw[:, 8:]
     parts = zip((raw[:, :4], raw[:, 4:8]), (low & 15, low >> 4), strict=True)
@@ -113,7 +113,7 @@ def _encode_q2_k(values: Tensor) -> Tensor:
 
 def _decode_q4_k(raw: Tensor) -> Tensor:
     codes = split_bits(raw[:, 16:].view(-1, 4, 32), 4).view(-1, 8, 32)
-    return _values(codes, read_half(raw[:, :4]), *_unpack_six_bits(raw[:, 4:16]))
+    return _values(codes, read_half(raw[:, :4]), *unpack_six_bits(raw[:, 4:16]))
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _encode_q4_k(values: Tensor) -> Tensor:
 def _decode_q5_k(raw: Tensor) -> Tensor:
     fifth = split_bits(raw[:, 16:48], 1) << 4
     codes = split_bits(raw[:, 48:].view(-1, 4, 32), 4).view(-1, 8, 32) | fifth
-    return _values(codes, read_half(raw[:, :4]), *_unpack_six_bits(raw[:, 4:16]))
+    return _values(codes, read_half(raw[:, :4]), *unpack_six_bits(raw[:, 4:16]))
 
 
 def _encode_q5_k(values: Tensor) -> Tensor:

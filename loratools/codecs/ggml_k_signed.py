@@ -44,31 +44,32 @@ def _integers(scale: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 def _codes(
-    columns: Tensor,
+    values: Tensor,
     half: Tensor,
     multiples: Tensor,
     bound: int,
     searched: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return the codes, uint8 0 … 2·bound − 1, of (16, m) weights with the scales as stored.
+    """Return the codes, uint8 0 … 2·bound − 1, of (n, 256) weights with the scales as stored.
 
-    A sub-block whose stored scale is 0 keeps the codes of the search: ``searched`` returns them for
-    the sub-blocks where its argument is set.
+    A sub-block whose stored scale is 0 keeps the codes of the search: ``searched`` returns them as
+    columns for the sub-blocks where its argument is set.
     """
+    groups = values.view(-1, 16)
     step = (read_half(half) * multiples).flatten()
-    rounded = nearest_int_(torch.div(columns, step, out=borrow(columns, *columns.shape)))
-    codes = rounded.clamp_(-bound, bound - 1).add_(bound).to(torch.uint8)
+    scaled = torch.div(groups, step.unsqueeze(-1), out=borrow(groups, *groups.shape))
+    codes = nearest_int_(scaled).clamp_(-bound, bound - 1).add_(bound).to(torch.uint8)
     empty = step == 0
     if bool(empty.any()):
-        codes[:, empty] = searched(empty)
-    return codes.t().reshape(-1, 256)
+        codes[empty] = searched(empty).t()
+    return codes.view(-1, 256)
 
 
 def _encode_q6_k(values: Tensor) -> Tensor:
     columns = _columns(values)
     scale = fit_signed(columns, 32)
     half, multiples = _integers(scale, 128)
-    codes = _codes(columns, half, multiples, 32, lambda empty: signed_codes(columns[:, empty], 32))
+    codes = _codes(values, half, multiples, 32, lambda empty: signed_codes(columns[:, empty], 32))
     quarters = codes.view(-1, 2, 4, 32)
     nibbles = quarters & 15
     low = (nibbles[:, :, :2] | nibbles[:, :, 2:] << 4).flatten(1)
@@ -90,7 +91,7 @@ def _encode_q3_k(values: Tensor) -> Tensor:
     columns = _columns(values)
     scale, searched = refine_signed(columns, 4)
     half, multiples = _integers(scale, 32)
-    codes = _codes(columns, half, multiples, 4, lambda empty: searched[:, empty])
+    codes = _codes(values, half, multiples, 4, lambda empty: searched[:, empty])
     mask = join_bits((codes >> 2).view(-1, 8, 32).unbind(1), 1)
     low = join_bits((codes & 3).view(-1, 2, 4, 32).unbind(2), 2).flatten(1)
     # Without any scale the twelve bytes are 0, which stands for -32.
@@ -105,13 +106,16 @@ def _pack_q3_scales(multiples: Tensor) -> Tensor:
     return torch.cat([low, join_bits((shifted >> 4).split(4, -1), 2)], -1)
 
 
+def unpack_q3_scales(raw: Tensor) -> Tensor:
+    """Return the scales -32 … 31, (n, 16) float32, of (n, 12) bytes."""
+    low, high = split_bits(raw[:, :8], 4).flatten(1), split_bits(raw[:, 8:], 2).flatten(1)
+    return (low | high << 4).float().sub_(32)
+
+
 def _decode_q3_k(raw: Tensor) -> Tensor:
     mask = split_bits(raw[:, :32], 1).view(-1, 16, 16)
     low = split_bits(raw[:, 32:96].view(-1, 2, 32), 2).view(-1, 16, 16)
-    scales = (
-        split_bits(raw[:, 96:104], 4).flatten(1) | split_bits(raw[:, 104:108], 2).flatten(1) << 4
-    )
-    step = read_half(raw[:, 108:]) * scales.float().sub_(32)
+    step = read_half(raw[:, 108:]) * unpack_q3_scales(raw[:, 96:108])
     codes = (low | mask << 2).float().sub_(4)
     return codes.mul_(step.unsqueeze(-1)).flatten(1)
 

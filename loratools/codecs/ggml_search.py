@@ -56,8 +56,9 @@ class AffineFit:
     base: Tensor
 
     def codes(self, values: Tensor, top: int) -> Tensor:
-        """Return the codes, float32 (m, n), that the search settled on."""
-        return (values - self.base).mul_(self.inverse).round_().clamp_(0, top)
+        """Return the codes, float32 (n, m), that the search settled on for weights (n, m)."""
+        base, inverse = self.base.unsqueeze(-1), self.inverse.unsqueeze(-1)
+        return (values - base).mul_(inverse).round_().clamp_(0, top)
 
 
 def fit_affine(values: Tensor, weights: Tensor, grid: AffineGrid) -> AffineFit:
@@ -105,7 +106,9 @@ class _AffineSearch:
             self.round_codes(step, trial)
             solvable = self.solve(trial)
             self.measure(trial)
-            replace(best.columns, solvable & (trial.error < best.error), trial.columns)
+            better = solvable & (trial.error < best.error)
+            for target, row in zip(best.columns, trial.columns, strict=True):
+                replace(target, better, row)
         return best.rows
 
     def round_codes(self, step: float, fit: _Candidate) -> None:
@@ -119,18 +122,18 @@ class _AffineSearch:
 
     def solve(self, fit: _Candidate) -> Column:
         """Fill scale and minimum by least squares; return where there is a solution."""
-        w, wx, wl, wll, wlx = self.sums
+        w, w_x, w_l, w_ll, w_lx = self.sums
         torch.mul(self.weights, self.codes, out=self.weighted)
-        in_order_sum(self.weighted_array, wl)
+        in_order_sum(self.weighted_array, w_l)
         torch.mul(self.weighted, self.codes, out=self.product)
-        in_order_sum(self.product_array, wll)
+        in_order_sum(self.product_array, w_ll)
         self.weighted.mul_(self.values)
-        in_order_sum(self.weighted_array, wlx)
-        determinant = w * wll - wl * wl
-        fit.scale[:] = (w * wlx - wx * wl) / determinant
-        fit.low[:] = (wll * wx - wl * wlx) / determinant
+        in_order_sum(self.weighted_array, w_lx)
+        determinant = w * w_ll - w_l * w_l
+        fit.scale[:] = (w * w_lx - w_x * w_l) / determinant
+        fit.low[:] = (w_ll * w_x - w_l * w_lx) / determinant
         positive = fit.low > 0
-        replace(fit.scale, positive, wlx / wll)
+        replace(fit.scale, positive, w_lx / w_ll)
         replace(fit.low, positive, 0.0)
         return determinant > 0
 

@@ -22,7 +22,7 @@ _HUGE = 2.0**40
 """Scales of such weights do not fit float16, and sums of their cubes might not fit float32."""
 
 _REFITS = 5
-_SLICE = 2048
+_SLICE = 1024
 """Columns whose candidates are evaluated together on a CPU, so that they stay in its cache."""
 
 
@@ -47,33 +47,21 @@ def fit_signed(values: Tensor, half: int) -> Tensor:
 
     Nineteen inverse scales around -half / peak, which do not depend on one another.
     """
-    return torch.cat([_fit(part.contiguous(), half) for part in _slices(values)], -1)
-
-
-def _fit(values: Tensor, half: int) -> Tensor:
     peak = first_peaks(values)
     sum_xl, sum_ll = _sums(values, _inverses(peak, half), half)
     winner = _winners(sum_xl, sum_ll)
     explained, weight = sum_xl.gather(0, winner)[0], sum_ll.gather(0, winner)[0]
-    scale = torch.where(weight == 0, 0.0, explained / weight)
-    return scale.masked_fill_(peak.abs() < NEGLIGIBLE, 0)
+    scale: Tensor = explained / weight
+    return scale.masked_fill_((weight == 0) | (peak.abs() < NEGLIGIBLE), 0)
 
 
 def signed_codes(values: Tensor, half: int) -> Tensor:
     """Return the codes, uint8 (m, n) from 0 for -half, that ``fit_signed`` settles on."""
-    return torch.cat([_codes(part.contiguous(), half) for part in _slices(values)], -1)
-
-
-def _codes(values: Tensor, half: int) -> Tensor:
     peak = first_peaks(values)
     inverses = _inverses(peak, half)
     inverse = inverses.gather(0, _winners(*_sums(values, inverses, half)))
     codes = (values * inverse).round_().clamp_(-half, half - 1).add_(half)
     return codes.masked_fill_(peak.abs() < NEGLIGIBLE, 0).to(torch.uint8)
-
-
-def _slices(values: Tensor) -> tuple[Tensor, ...]:
-    return values.split(_SLICE if values.device.type == "cpu" else values.shape[1], 1)
 
 
 def _inverses(peak: Tensor, half: int) -> Tensor:
@@ -84,32 +72,37 @@ def _inverses(peak: Tensor, half: int) -> Tensor:
     return torch.div(-steps.unsqueeze(-1), peak)
 
 
-def _sums(values: Tensor, inverses: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Return Σwxl and Σwl², (19, n) each, of every candidate and column."""
+def _sums(values: Tensor, inverses: Tensor, half: int) -> Tensor:
+    """Return Σwxl and Σwl², (2, 19, n), of every candidate and column."""
+    size = _SLICE if values.device.type == "cpu" else values.shape[1]
+    parts = zip(values.split(size, 1), inverses.split(size, 1), strict=True)
+    return torch.cat([_sum_part(part, own, half) for part, own in parts], -1)
+
+
+def _sum_part(values: Tensor, inverses: Tensor, half: int) -> Tensor:
     codes, product = borrow(values, 2, len(values), *inverses.shape)
     array = as_column(product)
-    sum_xl, sum_ll = inverses.new_empty(2, *inverses.shape)
+    sums = inverses.new_empty(2, *inverses.shape)
+    sum_xl, sum_ll = as_column(sums)
     squares = values * values
     torch.mul(values.unsqueeze(1), inverses, out=codes).round_().clamp_(-half, half - 1)
     torch.mul((squares * values).unsqueeze(1), codes, out=product)
-    in_order_sum(array, as_column(sum_xl))
+    in_order_sum(array, sum_xl)
     torch.mul(squares.unsqueeze(1), codes, out=product).mul_(codes)
-    in_order_sum(array, as_column(sum_ll))
-    return sum_xl, sum_ll
+    in_order_sum(array, sum_ll)
+    return sums
 
 
 def _winners(sum_xl: Tensor, sum_ll: Tensor) -> Tensor:
     """Return the index (1, n) of the candidate that stays when each in turn must beat the best."""
-    xl, ll = as_column(sum_xl), as_column(sum_ll)
     winner = torch.zeros_like(sum_xl[0], dtype=torch.int8)
-    index = as_column(winner)
+    index, explained, weights = map(as_column, (winner, sum_xl, sum_ll))
     with np.errstate(all="ignore"):
-        merits, squares = xl / ll * xl, xl * xl
-        best = merits[0]
-        replace(best, ll[0] == 0, 0.0)
-        for place in range(1, len(merits)):
-            better = squares[place] > best * ll[place]
-            replace(best, better, merits[place])
+        best = explained[0] / weights[0] * explained[0]
+        replace(best, weights[0] == 0, 0.0)
+        for place, (xl, ll) in enumerate(zip(explained[1:], weights[1:], strict=True), 1):
+            better = xl * xl > best * ll
+            replace(best, better, xl / ll * xl)
             replace(index, better, place)
     return winner.long().unsqueeze(0)
 

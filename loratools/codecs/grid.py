@@ -5,7 +5,7 @@ They are (level − zero) · scale + offset; most schemes have a zero or an offs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,21 +31,40 @@ class Grid:
     zero: Tensor | None = None
     offset: Tensor | None = None
 
-    def column(self, index: int) -> GridColumn:
-        """Return the values that one column's elements can take."""
-        return self.of_group(int(self.group[index]))
+    def rows(self, start: int, stop: int) -> Grid:
+        """Return the grid of a range of its rows."""
+        zero, offset = (None if p is None else p[start:stop] for p in (self.zero, self.offset))
+        return replace(self, scale=self.scale[start:stop], zero=zero, offset=offset)
 
-    def of_group(self, group: int) -> GridColumn:
-        """Return the values that the elements of a group's columns can take."""
+    def to(self, device: str | torch.device) -> Grid:
+        """Return the grid on a device."""
+        zero, offset = (None if p is None else p.to(device) for p in (self.zero, self.offset))
+        levels, scale = self.levels.to(device), self.scale.to(device)
+        return Grid(levels, scale, self.group.to(device), self.uniform, zero, offset)
+
+    def of_group(self, group: int) -> GroupGrid:
+        """Return what the columns of one group share."""
         scale = self.scale[:, group].contiguous()
-        # Where the scale is zero every code has the same value, so any inverse will do.
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
-        middles = None if self.uniform else (self.levels[1:] + self.levels[:-1]) / 2
+        dead = scale == 0
         zero, offset = (
             None if part is None else part[:, group].contiguous()
             for part in (self.zero, self.offset)
         )
-        return GridColumn(self.levels, scale, inverse, zero, offset, middles)
+        # Where the scale is zero every code has the same value; errors are then as large as in
+        # units of 1.
+        return GroupGrid(scale.masked_fill(dead, 1.0), zero, offset, dead if dead.any() else None)
+
+    def nearest(self, inside: Tensor) -> Tensor:
+        """Return the codes, int32 of any shape, of the levels nearest to values in their units."""
+        if self.uniform:
+            lowest, last = self.levels[0], len(self.levels) - 1
+            return (inside - lowest).round_().clamp_(0, last).to(torch.int32)
+        return torch.bucketize(inside, self.middles, out_int32=True)
+
+    @property
+    def middles(self) -> Tensor:
+        """The borders between neighbouring levels, (L − 1,)."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
 
     def values(self, codes: Tensor) -> Tensor:
         """Return the weights (rows, columns) in float32 that codes of that shape stand for."""
@@ -57,27 +76,24 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GridColumn:
-    """One column's grid: ``scale``, its ``inverse``, ``zero`` and ``offset`` are (rows,)."""
+class GroupGrid:
+    """One group's grid: all are (rows,).
 
-    levels: Tensor
+    Attributes:
+        scale: 1 where the stored one is zero.
+        zero: or None for 0.
+        offset: or None for 0.
+        dead: where the stored scale is zero, or None if it is nowhere.
+    """
+
     scale: Tensor
-    inverse: Tensor
     zero: Tensor | None
     offset: Tensor | None
-    middles: Tensor | None
+    dead: Tensor | None
 
-    def nearest(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the codes (rows,), int64, nearest to ``target`` and the values they stand for."""
-        shifted = target if self.offset is None else target - self.offset
-        inside = shifted * self.inverse
-        if self.zero is not None:
-            inside = inside + self.zero
-        if self.middles is None:
-            lowest, last = self.levels[0], len(self.levels) - 1
-            codes = (inside - lowest).round_().clamp_(0, last).long()
-        else:
-            codes = torch.bucketize(inside, self.middles)
-        level = self.levels[codes]
-        value = (level if self.zero is None else level - self.zero) * self.scale
-        return codes, value if self.offset is None else value + self.offset
+    def inside(self, target: Tensor) -> Tensor:
+        """Return weights (columns, rows) in units of the levels; offsets where the scale is 0."""
+        found = (target if self.offset is None else target - self.offset) / self.scale
+        if self.zero is None:
+            return found
+        return found + (self.zero if self.dead is None else self.zero.masked_fill(self.dead, 0.0))

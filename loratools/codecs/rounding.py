@@ -10,23 +10,23 @@ descent); it halves what is left along V. No data and no new scales are needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loratools.codecs.grid import Grid, GridColumn
+from loratools.codecs.grid import Grid, GroupGrid
 
 SWEEPS = 2
-# Groups follow one another in all layouts but act-order: so many are kept at a time.
-_KEPT = 256
 
 
 def nearest_codes(target: Tensor, grid: Grid) -> Tensor:
     """Return the codes (rows, columns), uint8, whose values are nearest to ``target``."""
     wanted = target.T.contiguous()
     codes = torch.empty(wanted.shape, dtype=torch.uint8, device=target.device)
-    for index, column in _columns(grid):
-        codes[index] = column.nearest(wanted[index])[0]
+    for group, columns in _groups(grid):
+        found = grid.of_group(group).inside(wanted[columns])
+        codes[columns] = grid.nearest(found).to(torch.uint8)
     return codes.T
 
 
@@ -44,26 +44,80 @@ def shaped_codes(
     """
     wanted = target.T.contiguous()
     codes = torch.empty(wanted.shape, dtype=torch.uint8, device=target.device)
-    values = wanted.clone()
-    error = torch.zeros(basis.shape[1], target.shape[0], device=target.device)
+    errors = torch.zeros_like(wanted)
+    seen = torch.zeros(basis.shape[1], target.shape[0], device=target.device)
     gains = basis * (strength / (1.0 + strength * basis.square().sum(1, keepdim=True)))
+    groups = [(columns, grid.of_group(group)) for group, columns in _groups(grid)]
     for sweep in range(sweeps):
-        for index, column in _columns(grid):
-            direction = basis[index]
-            if sweep:
-                error.addr_(direction, values[index] - wanted[index])
-            aim = torch.addmv(wanted[index], error.T, gains[index])
-            codes[index], values[index] = column.nearest(aim)
-            error.addr_(direction, wanted[index] - values[index])
+        for columns, own in groups:
+            part = _Group(grid, own, own.inside(wanted[columns]), errors[columns])
+            # Inside a group errors are counted in units of its scale.
+            seen /= own.scale
+            codes[columns] = part.round(basis[columns], gains[columns], seen, again=sweep > 0)
+            seen *= own.scale
+            errors[columns] = part.errors
     return codes.T
 
 
-def _columns(grid: Grid) -> Iterator[tuple[int, GridColumn]]:
-    """Yield every column's index and grid; columns of one group share theirs."""
-    found: dict[int, GridColumn] = {}
-    for index, group in enumerate(grid.group.tolist()):
-        if group not in found:
-            if len(found) >= _KEPT:
-                found.clear()
-            found[group] = grid.of_group(group)
-        yield index, found[group]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Columns that share a scale, in its units: (columns, rows)."""
+
+    grid: Grid
+    own: GroupGrid
+    wanted: Tensor
+    errors: Tensor
+
+    def round(self, basis: Tensor, gains: Tensor, seen: Tensor, *, again: bool) -> Tensor:
+        """Return the codes; ``seen`` (r, rows) and ``errors`` are brought up to date."""
+        chosen = _Chosen(self.grid, self.wanted)
+        own_gains = (basis * gains).sum(1).tolist()
+        aim, across = torch.empty_like(self.wanted[0]), seen.T
+        lines = zip(basis, gains, own_gains, self.wanted, self.errors, strict=True)
+        for index, (direction, gain, own, wanted, error) in enumerate(lines):
+            torch.addmv(wanted, across, gain, out=aim)
+            if again:
+                aim.add_(error, alpha=-own)
+            new = wanted - chosen.nearest(index, aim)
+            if self.own.dead is not None:
+                new = torch.where(self.own.dead, wanted, new)
+            seen.addr_(direction, new - error if again else new)
+            error.copy_(new)
+        return chosen.codes()
+
+
+class _Chosen:
+    """The codes of a group's columns, one column after another."""
+
+    def __init__(self, grid: Grid, wanted: Tensor) -> None:
+        self.grid = grid
+        self.first, self.last = float(grid.levels[0]), float(grid.levels[-1])
+        self.middles = None if grid.uniform else grid.middles
+        dtype = torch.float32 if grid.uniform else torch.int32
+        self.columns = torch.empty(wanted.shape, dtype=dtype, device=wanted.device)
+        self.lines = self.columns.unbind()
+
+    def nearest(self, index: int, aim: Tensor) -> Tensor:
+        """Choose a column's codes, and return their levels (rows,)."""
+        line = self.lines[index]
+        if self.middles is None:
+            return torch.round(aim, out=line).clamp_(self.first, self.last)
+        return self.grid.levels[torch.bucketize(aim, self.middles, out_int32=True, out=line)]
+
+    def codes(self) -> Tensor:
+        """Return the codes (columns, rows), uint8."""
+        whole = self.columns if self.middles is not None else self.columns - self.first
+        return whole.to(torch.uint8)
+
+
+def _groups(grid: Grid) -> Iterator[tuple[int, slice | Tensor]]:
+    """Yield every group with its columns: a range, or their numbers (act-order)."""
+    order = grid.group.argsort(stable=True)
+    groups, counts = grid.group.unique(return_counts=True)
+    start = 0
+    for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+        columns = order[start : start + count]
+        first = int(columns[0])
+        together = int(columns[-1]) - first == count - 1
+        yield group, slice(first, first + count) if together else columns
+        start += count

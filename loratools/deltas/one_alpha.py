@@ -13,7 +13,7 @@ from torch import Tensor
 from loratools.deltas.experts import ExpertLoRA
 from loratools.deltas.lora import LoRA
 
-L = TypeVar("L", LoRA, ExpertLoRA)
+L = TypeVar("L", bound=LoRA | ExpertLoRA)
 
 
 def usual_alpha(layers: Iterable[LoRA | ExpertLoRA]) -> float:
@@ -39,5 +39,3 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     exact = factor == 0 or torch.equal(same.to(torch.float32), wide)
     back = exact and torch.equal(wide / factor, tensor.to(torch.float32)) if factor else exact
     return same if back else wide
-
-

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loratools.codecs.ggml_simple import Q8_0
-from loratools.errors import OptionError, UnsupportedError
+from loratools.codecs.ggml import GGML_TYPES
+from loratools.errors import OptionError, UnknownFormatError, UnsupportedError
 from loratools.formats.format import Bundle
 from loratools.tensorfiles.gguf import GGUFTensor, read_gguf_header
 from loratools.tensorfiles.gguf_tensors import block_entry, map_tensors, plain_entry
 from loratools.tensorfiles.gguf_types import MAGIC, TORCH_DTYPES
 from loratools.tensorfiles.gguf_words import metadata_from_words, words_from_metadata
 from loratools.tensorfiles.gguf_writing import Entry, save_gguf
-from loratools.tensorfiles.inputs import open_input
+from loratools.tensorfiles.inputs import open_input, quoted
 
-_ADAPTER = ("general.type", "adapter")
+
+_Q8_0 = GGML_TYPES["Q8_0"].codec
 
 
 def is_gguf(path: Path) -> bool:
@@ -29,15 +30,23 @@ def is_gguf(path: Path) -> bool:
 
 
 def load_gguf(path: Path, source: str) -> Bundle:
-    """Read a GGUF adapter; of a model, tensors in blocks stay bytes.
+    """Read a GGUF adapter.
 
-    Raises CorruptFileError, UnsupportedError: see ``read_gguf_header``.
+    Raises:
+        CorruptFileError, UnsupportedError: see ``read_gguf_header``.
+        UnknownFormatError: a GGUF file of something else.
     """
     header = read_gguf_header(path)
-    tensors = map_tensors(header)
+    said = header.word("general.type")
+    if said != "adapter":
+        raise UnknownFormatError(
+            f"{source}: a GGUF file of {'a model' if said in (None, 'model') else quoted(said)}, "
+            "not of an adapter",
+            hint="an adapter says so in its general.type; a model is a base, which comes first",
+        )
     words = words_from_metadata(header.metadata)
-    if words.get(_ADAPTER[0]) == _ADAPTER[1]:
-        tensors = {name: _decoded(header.tensors[name], raw) for name, raw in tensors.items()}
+    raw = map_tensors(header)
+    tensors = {name: _decoded(header.tensors[name], tensor) for name, tensor in raw.items()}
     return Bundle(tensors, words, {}, source)
 
 
@@ -45,12 +54,12 @@ def _decoded(tensor: GGUFTensor, raw: Tensor) -> Tensor:
     kind = tensor.type.name
     if kind in TORCH_DTYPES:
         return raw
-    if kind != Q8_0.name:
+    if kind not in GGML_TYPES:
         raise UnsupportedError(
             f"{tensor.file}: {tensor.name} is stored as {kind}",
             hint="convert the adapter again as f32, f16, bf16 or q8_0",
         )
-    return Q8_0.decode(raw)
+    return GGML_TYPES[kind].codec.decode(raw)
 
 
 def save_bundle(path: Path, bundle: Bundle, storage: str | None = None) -> None:
@@ -79,7 +88,7 @@ def save_bundle(path: Path, bundle: Bundle, storage: str | None = None) -> None:
 
 
 def _small(name: str, tensor: Tensor) -> tuple[Entry, memoryview]:
-    if tensor.shape[-1] % Q8_0.elements:
+    if tensor.shape[-1] % _Q8_0.elements:
         return plain_entry(name, tensor.to(torch.float16))
-    raw = Q8_0.encode(tensor.to(torch.float32).contiguous())
-    return block_entry(name, Q8_0.name, tuple(tensor.shape), raw)
+    raw = _Q8_0.encode(tensor.to(torch.float32).contiguous())
+    return block_entry(name, _Q8_0.name, tuple(tensor.shape), raw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from loratools.errors import (
 from loratools.keymaps.gguf_config import BaseConfig, config_from_gguf, flat_config
 from loratools.keymaps.gguf_model import GGUFModel
 from loratools.keymaps.gguf_models import MODELS
-from loratools.keymaps.gguf_names import names_of
+from loratools.keymaps.gguf_names import bare_names, names_of
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.gguf_split import open_gguf
 from loratools.tensorfiles.header import read_header
@@ -54,6 +55,12 @@ class GGUFBase:
         """The base's class, or the empty text where only a GGUF file was given."""
         classes = self.config.fields.get("architectures")
         return str(classes[0]) if isinstance(classes, list) and classes else ""
+
+    @cached_property
+    def named_parameters(self) -> Shapes:
+        """The checkpoint's shapes by every spelling of their modules' names."""
+        found = (self.parameters or {}).items()
+        return {bare: shape for name, shape in found for bare in bare_names(name)}
 
     @property
     def first_stack(self) -> int:
@@ -199,9 +206,7 @@ def _parameters(path: Path) -> Shapes | None:
         files = [path / name for name in names]
     else:
         files = [single] if single.is_file() else []
-    found = {
-        name: spec.shape for file in files for name, spec in read_header(file).tensors.items()
-    }
+    found = {name: spec.shape for file in files for name, spec in read_header(file).tensors.items()}
     return found or None
 
 

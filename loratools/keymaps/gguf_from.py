@@ -10,10 +10,10 @@ from loratools.adapter import Adapter, in_natural_order
 from loratools.deltas import ExpertLoRA, LayerDelta, LoRA
 from loratools.errors import LoratoolsError, MatchError
 from loratools.keymaps.gguf_base import GGUFBase
+from loratools.keymaps.gguf_factors import Parts
 from loratools.keymaps.gguf_fusion import FUSED, fuse_parts, part_names, split_name, split_parts
 from loratools.keymaps.gguf_model import Step
-from loratools.keymaps.gguf_names import Hit, ModelNames, in_memory, names_of, spell
-from loratools.keymaps.gguf_ops import Parts
+from loratools.keymaps.gguf_names import Hit, ModelNames, in_memory, is_there, names_of, spell
 from loratools.keymaps.gguf_to import first_stack, ops_of
 from loratools.suggest import counted
 
@@ -62,8 +62,7 @@ def _check_arch(adapter: Adapter, base: GGUFBase) -> None:
     known = {model.arch for model in base.models}
     if adapter.arch is not None and adapter.arch not in known:
         raise MatchError(
-            f"the adapter is for {adapter.arch}, and {base.source} is "
-            f"{' or '.join(sorted(known))}",
+            f"the adapter is for {adapter.arch}, and {base.source} is {' or '.join(sorted(known))}",
             hint="name the base that the adapter was made for",
         )
 
@@ -117,8 +116,8 @@ def _chosen(hits: list[Hit], layer: LoRA | ExpertLoRA, base: GGUFBase) -> Hit | 
     """Return the row whose checkpoint names the base has; else the first that makes sense."""
     fitting = [hit for found in hits if (hit := _in_own_stack(found, base)) is not None]
     if base.parameters is not None:
-        known = names_in(base.parameters)
-        there = [hit for hit in fitting if _is_there(hit, base, known)]
+        known = frozenset(base.named_parameters)
+        there = [hit for hit in fitting if is_there(hit.step, hit.block, known)]
         fitting = there or fitting
     if base.config.fields.get("experts_fused") and isinstance(layer, ExpertLoRA):
         fused = [hit for hit in fitting if not hit.step.stacks]
@@ -136,20 +135,6 @@ def _in_own_stack(hit: Hit, base: GGUFBase) -> Hit | None:
     return hit if hit.block < start else None
 
 
-def names_in(parameters: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
-    """Return the modules of a checkpoint's parameters, without a multimodal model's wrappers."""
-    found = set()
-    for name in parameters:
-        plain = name.replace("language_model.", "").removesuffix(".weight")
-        found |= {plain, plain.removeprefix("model."), f"model.{plain}"}
-    return frozenset(found)
-
-
-def _is_there(hit: Hit, base: GGUFBase, known: frozenset[str]) -> bool:
-    expert = 0 if hit.step.stacks else None
-    return all(spell(name, hit.block, expert, 0) in known for name in hit.step.sources)
-
-
 def _undone(group: _Group, base: GGUFBase) -> dict[str, LoRA | ExpertLoRA]:
     step, block = group.hit.step, group.hit.block
     parts: Parts = [group.parts.get(place) for place in range(len(step.targets))]
@@ -158,7 +143,8 @@ def _undone(group: _Group, base: GGUFBase) -> dict[str, LoRA | ExpertLoRA]:
         for op in reversed(ops_of(step, base, block, count)):
             parts = op.undo(parts)
     except LoratoolsError as error:
-        raise type(error)(f"{group.sources[0]}: {error.message}", hint=error.hint) from error
+        hint = error.hint or "is this the base that the adapter was made for?"
+        raise type(error)(f"{group.sources[0]}: {error.message}", hint=hint) from error
     start = first_stack(step, base)
     if step.stacks:
         paths = [spell(step.sources[0], block, expert, start) for expert in range(count)]
@@ -178,5 +164,3 @@ def _config(words: Mapping[str, str]) -> str:
     if tokens:
         config["alora_invocation_tokens"] = json.loads(tokens)
     return json.dumps(config, sort_keys=True)
-
-

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from loratools.deltas import ExpertLoRA, LoRA
 from loratools.errors import MatchError
 from loratools.keymaps.gguf_base import GGUFBase, Shapes
-from loratools.keymaps.gguf_ops import Parts, Split, join_rows
+from loratools.keymaps.gguf_factors import Parts, join_rows
+from loratools.keymaps.gguf_ops import Split
 
 Layers = Mapping[str, LoRA | ExpertLoRA]
 
@@ -96,15 +97,11 @@ def part_sizes(whole: str, base: GGUFBase, rows: int | None, present: Parts) -> 
     return sizes
 
 
-def _split_as(
-    name: str, layer: LoRA | ExpertLoRA, tensors: Shapes
-) -> dict[str, LoRA | ExpertLoRA]:
+def _split_as(name: str, layer: LoRA | ExpertLoRA, tensors: Shapes) -> dict[str, LoRA | ExpertLoRA]:
     parts = part_names(name)
     shapes = [tensors.get(f"{part}.weight") for part in parts]
     if not parts or any(shape is None for shape in shapes):
         return {name: layer}
     sizes = tuple(shape[-2] for shape in shapes if shape is not None)
     blocks = Split(sizes).do([layer])
-    return {
-        part: block for part, block in zip(parts, blocks, strict=True) if block is not None
-    }
+    return {part: block for part, block in zip(parts, blocks, strict=True) if block is not None}

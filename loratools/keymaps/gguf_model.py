@@ -33,6 +33,11 @@ class Step:
     layout: Layout | None = None
 
     @property
+    def shifts(self) -> bool:
+        """Whether the targets' blocks are counted on from a first stack's."""
+        return any("{j}" in name for name in self.targets)
+
+    @property
     def stacks(self) -> bool:
         """Whether the sources are experts of their own that become one tensor."""
         return any("{e}" in name for name in self.sources)

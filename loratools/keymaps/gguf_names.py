@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,7 +55,7 @@ class ModelNames:
 
     def source(self, path: str) -> Hit | None:
         """Return the row of a module path, whatever wrappers and prefixes it has."""
-        for spelled in _spellings(path):
+        for spelled in bare_names(path):
             for hit in _matches(self._sources, spelled):
                 return hit
         return None
@@ -69,13 +69,6 @@ class ModelNames:
 def names_of(model: GGUFModel) -> ModelNames:
     """Return the index of a model's rows."""
     return ModelNames(model)
-
-
-def _spellings(path: str) -> Iterator[str]:
-    plain = _WRAPPERS.sub("", path)
-    yield plain
-    for start in _STARTS:
-        yield plain.removeprefix(start) if plain.startswith(start) else start + plain
 
 
 def _matches(
@@ -107,3 +100,17 @@ def in_memory(path: str, class_name: str) -> str:
     if nested and path.startswith("model."):
         return "model.language_model." + path.removeprefix("model.")
     return path
+
+
+def bare_names(name: str) -> Iterator[str]:
+    """Yield the spellings under which a checkpoint's parameter is looked up."""
+    plain = _WRAPPERS.sub("", name).removesuffix(".weight")
+    yield plain
+    for start in _STARTS:
+        yield plain.removeprefix(start) if plain.startswith(start) else start + plain
+
+
+def is_there(step: Step, block: int | None, names: Collection[str]) -> bool:
+    """Return whether a checkpoint with these parameters has a row's modules in a block."""
+    expert = 0 if step.stacks else None
+    return all(spell(name, block, expert, 0) in names for name in step.sources)

@@ -91,10 +91,11 @@ def gguf_warnings(adapter: Adapter) -> list[str]:
     if not deaf:
         return []
     shown = ", ".join(deaf[:_SHOWN]) + (", ..." if len(deaf) > _SHOWN else "")
-    return [
+    word = (
         f"llama.cpp loads {len(deaf)} of {len(adapter.layers)} layers and never applies them, "
         f"because its {adapter.arch} graph has no place for them: {shown}; merging keeps them"
-    ]
+    )
+    return [word]
 
 
 def _as_named(

@@ -17,11 +17,23 @@ from torch import Tensor
 
 from loratools.deltas import ExpertLoRA, LayerDelta, LoRA
 from loratools.deltas import rows as pieces
-from loratools.deltas.fusing import fuse_rows
-from loratools.errors import MatchError, UnsupportedError
+from loratools.errors import MatchError
+from loratools.keymaps.gguf_factors import (
+    Change,
+    Parts,
+    check_alike,
+    equal_blocks,
+    join_rows,
+    like_present,
+    padded,
+    split_stack,
+    trimmed,
+    usual,
+    with_columns,
+    with_rows,
+    with_scaled_rows,
+)
 
-Change = LoRA | ExpertLoRA
-Parts = list[LoRA | ExpertLoRA | None]
 Order = Callable[[int], Tensor]
 """Number of rows (or columns) → which of the checkpoint's stands at each place in GGUF."""
 
@@ -63,10 +75,10 @@ class Rows(Each):
     order: Order
 
     def there(self, part: Change) -> Change:  # noqa: D102
-        return _with_rows(part, self.order(part.weight_shape[-2]))
+        return with_rows(part, self.order(part.weight_shape[-2]))
 
     def back(self, part: Change) -> Change:  # noqa: D102
-        return _with_rows(part, torch.argsort(self.order(part.weight_shape[-2])))
+        return with_rows(part, torch.argsort(self.order(part.weight_shape[-2])))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,10 +88,10 @@ class Columns(Each):
     order: Order
 
     def there(self, part: Change) -> Change:  # noqa: D102
-        return _with_columns(part, self.order(part.weight_shape[-1]))
+        return with_columns(part, self.order(part.weight_shape[-1]))
 
     def back(self, part: Change) -> Change:  # noqa: D102
-        return _with_columns(part, torch.argsort(self.order(part.weight_shape[-1])))
+        return with_columns(part, torch.argsort(self.order(part.weight_shape[-1])))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,10 +101,10 @@ class RowScale(Each):
     factors: Callable[[int], Tensor]
 
     def there(self, part: Change) -> Change:  # noqa: D102
-        return _with_scaled_rows(part, self.factors(part.weight_shape[-2]))
+        return with_scaled_rows(part, self.factors(part.weight_shape[-2]))
 
     def back(self, part: Change) -> Change:  # noqa: D102
-        return _with_scaled_rows(part, 1.0 / self.factors(part.weight_shape[-2]))
+        return with_scaled_rows(part, 1.0 / self.factors(part.weight_shape[-2]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +176,14 @@ class Split(Op):
     def do(self, parts: Parts) -> Parts:  # noqa: D102
         (part,) = parts
         assert part is not None
-        sizes = self.sizes or _equal(part, self.count)
+        sizes = self.sizes or equal_blocks(part, self.count)
         if isinstance(part, ExpertLoRA):
-            return _split_stack(part, sizes)
+            return split_stack(part, sizes)
         blocks: Sequence[LayerDelta | None] = part.split_rows(sizes)
         return [block for block in blocks if block is None or isinstance(block, LoRA)]
 
     def undo(self, parts: Parts) -> Parts:  # noqa: D102
-        return [join_rows(parts, self.sizes or _like_present(parts))]
+        return [join_rows(parts, self.sizes or like_present(parts))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,146 +251,21 @@ class Stack(Op):
         present = [part for part in parts if isinstance(part, LoRA)]
         rank = max(part.rank for part in present)
         if len({(part.rank, part.alpha) for part in present}) > 1:
-            alpha = _usual([part.alpha for part in present])
+            alpha = usual([part.alpha for part in present])
             parts = [
-                None if part is None else _padded(part, rank, alpha)  # type: ignore[arg-type]
+                None if part is None else padded(part, rank, alpha)  # type: ignore[arg-type]
                 for part in parts
             ]
             present = [part for part in parts if isinstance(part, LoRA)]
-        _check_alike(present)
-        downs = [None if part is None else part.down[None] for part in parts]
-        ups = [None if part is None else part.up[None] for part in parts]
+        check_alike(present)
         ones = (1,) * self.count
-        stacked = (pieces.stack_rows(factor, ones) for factor in (downs, ups))
-        return [ExpertLoRA(*stacked, present[0].alpha)]
+        down = pieces.stack_rows([None if p is None else p.down[None] for p in parts], ones)
+        up = pieces.stack_rows([None if p is None else p.up[None] for p in parts], ones)
+        return [ExpertLoRA(down, up, present[0].alpha)]
 
     def undo(self, parts: Parts) -> Parts:  # noqa: D102
         (part,) = parts
         assert isinstance(part, ExpertLoRA)
         if part.weight_shape[0] != self.count:
             raise MatchError(f"{part.weight_shape[0]} experts, and the base has {self.count}")
-        return [_trimmed(part.expert(number)) for number in range(self.count)]
-
-
-# ── factors ──────────────────────────────────────────────────────────────────────────────────
-
-
-def _with_rows(part: Change, order: Tensor) -> Change:
-    return replace(part, up=pieces.take(part.up, order, axis=part.up.dim() - 2))
-
-
-def _with_columns(part: Change, order: Tensor) -> Change:
-    return replace(part, down=pieces.take(part.down, order, axis=part.down.dim() - 1))
-
-
-def _with_scaled_rows(part: Change, factors: Tensor) -> Change:
-    signs_only = bool((factors.abs() == 1).all())
-    up = part.up if signs_only else part.up.to(torch.float32)
-    return replace(part, up=up * factors[:, None].to(up.dtype))
-
-
-def _equal(part: Change, count: int) -> tuple[int, ...]:
-    each, odd = divmod(part.weight_shape[-2], count)
-    if odd:
-        raise MatchError(f"{part.weight_shape[-2]} rows are not {count} equal blocks")
-    return (each,) * count
-
-
-def _like_present(parts: Parts) -> tuple[int, ...]:
-    size = next(part.weight_shape[-2] for part in parts if part is not None)
-    return (size,) * len(parts)
-
-
-def join_rows(parts: Parts, sizes: Sequence[int]) -> Change:
-    """Return the parts one below the other, ``None`` as rows of zeros.
-
-    Raises MatchError for parts of other sizes.
-    """
-    for part, size in zip(parts, sizes, strict=True):
-        if part is not None and part.weight_shape[-2] != size:
-            raise MatchError(f"{part.weight_shape[-2]} rows where the base has {size}")
-    if any(isinstance(part, ExpertLoRA) for part in parts):
-        return _join_stacks(parts, sizes)
-    fused = fuse_rows(parts, sizes)
-    assert isinstance(fused, LoRA)
-    return fused
-
-
-def _split_stack(part: ExpertLoRA, sizes: Sequence[int]) -> Parts:
-    if part.weight_shape[1] != sum(sizes):
-        raise MatchError(f"{part.weight_shape[1]} rows where the base has {sum(sizes)}")
-    ups = part.up.split(list(sizes), dim=1)
-    used = [(up != 0).any(dim=0).any(dim=0) for up in ups]
-    apart = not bool((torch.stack(used).sum(dim=0) > 1).any())
-    blocks: Parts = []
-    for up, own in zip(ups, used, strict=True):
-        keep = own if apart and bool(own.any()) and not bool(own.all()) else torch.ones_like(own)
-        count = int(keep.sum())
-        block = ExpertLoRA(part.down[:, keep], up[..., keep], part.scale * count)
-        whole = replace(part, up=up) if count == part.rank else block
-        blocks.append(whole if bool(own.any()) else None)
-    return (
-        blocks
-        if any(block is not None for block in blocks)
-        else [part] * 0 + [replace(part, up=up) for up in ups]
-    )
-
-
-def _join_stacks(parts: Parts, sizes: Sequence[int]) -> ExpertLoRA:
-    present = [part for part in parts if isinstance(part, ExpertLoRA)]
-    first = present[0]
-    owners = pieces.shared_groups(
-        [(part.down,) if isinstance(part, ExpertLoRA) else None for part in parts]
-    )
-    heads = [part for n, part in enumerate(parts) if part is not None and owners[n] == n]
-    scale = pieces.common_scale([part.scale for part in present])
-    widths = [head.rank for head in heads]
-    places = pieces.places(owners)
-    ups = [None if part is None else pieces.times(part.up, part.scale / scale) for part in parts]
-    experts = first.weight_shape[0]
-    stacked = torch.stack(
-        [
-            pieces.spread_columns(
-                [None if up is None else up[number] for up in ups], sizes, places, widths
-            )
-            for number in range(experts)
-        ]
-    )
-    downs = pieces.join([head.down for head in heads], axis=1)
-    return ExpertLoRA(downs, stacked, scale * sum(widths))
-
-
-def _usual(values: Sequence[float]) -> float:
-    return max(values, key=values.count)
-
-
-def _padded(part: LoRA, rank: int, alpha: float) -> LoRA:
-    """Return the LoRA with zeros up to a rank, its scale folded so that ``alpha`` is right."""
-    wanted = alpha / rank if alpha else 1.0
-    up = pieces.times(part.up, part.scale / wanted)
-    more = rank - part.rank
-    return LoRA(
-        torch.nn.functional.pad(part.down, (0, 0, 0, more)),
-        torch.nn.functional.pad(up, (0, more)),
-        alpha or float(rank),
-    )
-
-
-def _trimmed(part: LoRA) -> LoRA | None:
-    """Return the LoRA without ranks that are zero in both factors; ``None`` if all are."""
-    used = (part.down != 0).any(dim=1) | (part.up != 0).any(dim=0)
-    if bool(used.all()):
-        return part
-    if not bool(used.any()):
-        return None
-    last = int(used.nonzero().max()) + 1
-    return LoRA(part.down[:last], part.up[:, :last], part.scale * last)
-
-
-def _check_alike(parts: Sequence[LoRA]) -> None:
-    shapes = {part.weight_shape for part in parts}
-    if len(shapes) > 1:
-        raise UnsupportedError(
-            f"experts of different shapes: {', '.join(map(str, sorted(shapes)))}",
-            hint="merge the adapter into its base and convert that",
-        )
+        return [trimmed(part.expert(number)) for number in range(self.count)]

@@ -30,12 +30,15 @@ def top(embedding: str, head: str = "lm_head") -> tuple[Step, ...]:
     return (Step((embedding,), ("token_embd",)), Step((head,), ("output",)))
 
 
+def alone(*steps: Step) -> tuple[Step, ...]:
+    """Return steps that follow no prefix."""
+    return steps
+
+
 def gated(prefix: str, out: str = "", names: str = "gate_proj up_proj down_proj") -> list[Line]:
     """Return the lines of a gated feed-forward network; ``out`` ends its GGUF names."""
     kinds = ("ffn_gate", "ffn_up", "ffn_down")
-    return [
-        (prefix + name, kind + out) for name, kind in zip(names.split(), kinds, strict=True)
-    ]
+    return [(prefix + name, kind + out) for name, kind in zip(names.split(), kinds, strict=True)]
 
 
 LAYERS = "model.layers.{i}."
@@ -56,9 +59,7 @@ ROTARY = rows(LAYERS, *_TURNING, *_OUT)
 """Attention whose queries and keys stand in halves where llama.cpp wants pairs."""
 FUSED_QKV = rows(LAYERS, ("self_attn.qkv_proj", "attn_qkv"), *_OUT)
 GATED = rows(LAYERS, *gated("mlp."))
-FUSED_GATED = rows(
-    LAYERS, ("mlp.gate_up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down")
-)
+FUSED_GATED = rows(LAYERS, ("mlp.gate_up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"))
 PLAIN_MLP = rows(LAYERS, ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"))
 FC_MLP = rows(LAYERS, ("mlp.fc1", "ffn_up"), ("mlp.fc2", "ffn_down"))
 C_MLP = rows(LAYERS, ("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down"))

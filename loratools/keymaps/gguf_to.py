@@ -10,20 +10,26 @@ from dataclasses import dataclass, field, replace
 from loratools.adapter import Adapter, Extra, in_natural_order
 from loratools.deltas import AdditiveDelta, ExpertLoRA, LayerDelta, LoRA, Replacement
 from loratools.deltas.one_alpha import usual_alpha, with_alpha
-from loratools.errors import LoratoolsError, MatchError, UnsupportedError
+from loratools.errors import LoratoolsError, MatchError
 from loratools.keymaps.gguf_base import CONFIG_WORD, GGUFBase
+from loratools.keymaps.gguf_checks import (
+    MERGE,
+    OTHER_BASE,
+    Home,
+    check_modules,
+    fitted_to_base,
+    refuse_tied_embeddings,
+)
+from loratools.keymaps.gguf_factors import Parts
 from loratools.keymaps.gguf_fusion import as_base_has_them
 from loratools.keymaps.gguf_model import GGUFModel, Step
 from loratools.keymaps.gguf_names import Hit, names_of, spell
-from loratools.keymaps.gguf_ops import Op, Parts, Stack
+from loratools.keymaps.gguf_ops import Op, Stack
 from loratools.suggest import counted
 
-EMBEDDING = "token_embd"
-_HEAD = "output"
 _SHOWN = 12
 _CONFIG = "adapter_config.json"
 _TOWERS = ("vision", "visual", "audio", "multi_modal", "mm_projector", "talker", "tower")
-_MERGE = "merge it into the base instead (`loratools merge`), and convert the merged model"
 
 
 @dataclass(slots=True)
@@ -55,15 +61,16 @@ def to_gguf(adapter: Adapter, base: GGUFBase, *, for_merge: bool = False) -> Ada
     others = {path: d for path, d in lifted.items() if path not in loras}
     model = base.model_for(list(loras))
     groups = _grouped(loras, model, base)
+    check_modules(_homes(groups), model, base)
     layers: dict[str, LoRA | ExpertLoRA] = {}
     for group in groups:
         for name, part in _laid_out(group, base).items():
             if name in layers:
                 raise MatchError(f"{', '.join(group.sources)}: {name} is changed by another module")
             layers[name] = part
-    fitted = _fitted(as_base_has_them(layers, base), base)
+    fitted = fitted_to_base(as_base_has_them(layers, base), base)
     if not for_merge:
-        _check_embeddings(fitted, model, base)
+        refuse_tied_embeddings(fitted, model, base)
     folded, more = (fitted, []) if for_merge else _folded(fitted)
     extras, told = _without_copies(adapter.extras, base)
     return replace(
@@ -86,7 +93,9 @@ def _lifted(layers: Mapping[str, LayerDelta]) -> tuple[dict[str, LayerDelta], li
             if plain is not None:
                 done[path] = plain
                 lifted[delta.kind] += 1
-    return done, [f"{count} {kind} layers written as LoRA (exact)" for kind, count in lifted.items()]
+    return done, [
+        f"{count} {kind} layers written as LoRA (exact)" for kind, count in lifted.items()
+    ]
 
 
 def _without_copies(
@@ -102,10 +111,11 @@ def _without_copies(
         and extra.value.shape[0] == size
     ]
     kept = {name: extra for name, extra in extras.items() if name not in copies}
-    return kept, [
+    note = (
         f"{', '.join(copies)}: PEFT's copy of the untrained table is left out: its vocabulary is "
         "the base's"
-    ][: len(copies)]
+    )
+    return kept, [note] if copies else []
 
 
 # ── finding the rows ─────────────────────────────────────────────────────────────────────────
@@ -145,15 +155,25 @@ def _refuse_unknown(unknown: list[str], model: GGUFModel, base: GGUFBase) -> Non
     lines += [f"  ... and {more} more"] if more > 0 else []
     tower = any(word in path for path in unknown for word in _TOWERS)
     hint = (
-        "llama.cpp keeps vision and audio towers in an mmproj file, which takes no adapter; " + _MERGE
+        "llama.cpp keeps vision and audio towers in an mmproj file, which takes no adapter; "
+        + MERGE
         if tower
-        else f"is {base.source} the model that the adapter was trained on? If it is, {_MERGE}"
+        else f"is {base.source} the model that the adapter was trained on? If it is, {MERGE}"
     )
     raise MatchError(
         f"{counted(len(unknown), 'module has', 'modules have')} no place in a GGUF model of "
         f"{model.arch}:\n" + "\n".join(lines),
         hint=hint,
     )
+
+
+def _homes(groups: list[Group]) -> list[Home]:
+    """Return each module with the row and block that it belongs to."""
+    return [
+        (path, group.step, group.block, part.weight_shape)
+        for group in groups
+        for path, part in zip(group.sources, group.parts.values(), strict=True)
+    ]
 
 
 # ── layout ───────────────────────────────────────────────────────────────────────────────────
@@ -166,14 +186,15 @@ def _laid_out(group: Group, base: GGUFBase) -> dict[str, LoRA | ExpertLoRA]:
         for op in ops_of(step, base, group.block):
             parts = op.do(parts)
     except LoratoolsError as error:
-        raise type(error)(f"{group.sources[0]}: {error.message}", hint=error.hint) from error
+        hint = error.hint or OTHER_BASE
+        raise type(error)(f"{group.sources[0]}: {error.message}", hint=hint) from error
     names = [spell(name, group.block, None, first_stack(step, base)) for name in step.targets]
     return {name: part for name, part in zip(names, parts, strict=True) if part is not None}
 
 
 def first_stack(step: Step, base: GGUFBase) -> int:
     """Return where a row's second stack of blocks begins; 0 for rows without."""
-    return base.first_stack if any("{j}" in name for name in step.targets) else 0
+    return base.first_stack if step.shifts else 0
 
 
 def _parts(group: Group, base: GGUFBase) -> Parts:
@@ -204,61 +225,6 @@ def ops_of(step: Step, base: GGUFBase, block: int | None, count: int = 0) -> tup
     return (*stack, *(step.layout(base.config, block) if step.layout else ()))
 
 
-# ── the base's tensors ───────────────────────────────────────────────────────────────────────
-
-
-def _fitted(
-    layers: Mapping[str, LoRA | ExpertLoRA], base: GGUFBase
-) -> dict[str, LoRA | ExpertLoRA]:
-    """Return the layers in the base's shapes; raises MatchError for what it does not have."""
-    done = {name: _as_embedding(name, layer) for name, layer in layers.items()}
-    if base.tensors is None:
-        return done
-    missing = [name for name in done if f"{name}.weight" not in base.tensors]
-    missing = [name for name in missing if name != _HEAD]
-    if missing:
-        shown = "\n".join(f"  {name}.weight" for name in missing[:_SHOWN])
-        raise MatchError(
-            f"{base.source} lacks {counted(len(missing), 'tensor')} that the adapter changes:\n"
-            f"{shown}",
-            hint="is this the model that the adapter was trained on?",
-        )
-    wrong = []
-    for name, layer in done.items():
-        shape = base.tensors.get(f"{name}.weight")
-        ours = layer.weight_shape[::-1] if name == EMBEDDING else layer.weight_shape
-        if shape is not None and tuple(shape) != tuple(ours):
-            wrong.append(f"  {name}.weight: {tuple(shape)} in the base, {tuple(ours)} adapted")
-    if wrong:
-        raise MatchError(
-            f"{base.source}: {counted(len(wrong), 'tensor has', 'tensors have')} another shape:\n"
-            + "\n".join(wrong[:_SHOWN]),
-            hint="is this the model that the adapter was trained on?",
-        )
-    return done
-
-
-def _as_embedding(name: str, layer: LoRA | ExpertLoRA) -> LoRA | ExpertLoRA:
-    """Return the table's change in an embedding's own orientation, (dimension, tokens)."""
-    if name != EMBEDDING or not isinstance(layer, LoRA) or layer.role == "embedding":
-        return layer
-    return replace(layer, down=layer.up.mT, up=layer.down.mT, role="embedding")
-
-
-def _check_embeddings(
-    layers: Mapping[str, LoRA | ExpertLoRA], model: GGUFModel, base: GGUFBase
-) -> None:
-    touched = [name for name in (EMBEDDING, _HEAD) if name in layers]
-    if not touched or not base.is_tied(model):
-        return
-    what = " and ".join("the embedding" if name == EMBEDDING else "the head" for name in touched)
-    raise UnsupportedError(
-        f"the adapter changes {what}, which {base.source} keeps in one tensor: llama.cpp refuses "
-        "such an adapter or aborts",
-        hint=_MERGE,
-    )
-
-
 # ── scales and words ─────────────────────────────────────────────────────────────────────────
 
 
@@ -271,10 +237,11 @@ def _folded(
     changed = sum(folded[name] is not layer for name, layer in layers.items())
     if not changed:
         return folded, []
-    return folded, [
+    note = (
         f"the scale of {counted(changed, 'layer')} is folded into the factors: a GGUF file has one "
         f"alpha ({alpha:g}) for all"
-    ]
+    )
+    return folded, [note]
 
 
 def _metadata(

@@ -34,11 +34,11 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
         UnknownArchitectureError: the adapter's modules are those of no known architecture.
         MatchError: adapter and base are of different architectures; or modules without a name.
     """
-    if base.is_gguf and not _is_image(base):
+    if base.is_gguf and not is_image(base):
         return renamed_gguf(adapter, "gguf", open_gguf_base(base.path), for_merge=True)
     if adapter.naming == "gguf":
         return renamed_gguf(adapter, "transformers", open_gguf_base(base.path))
-    if adapter.naming == "transformers" and (_fits_as_it_is(adapter, base) or not _is_image(base)):
+    if adapter.naming == "transformers" and (_fits_as_it_is(adapter, base) or not is_image(base)):
         return adapter
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     if arch:
@@ -74,7 +74,7 @@ def _fits_as_it_is(adapter: Adapter, base: BaseModel) -> bool:
     )
 
 
-def _is_image(base: BaseModel) -> bool:
+def is_image(base: BaseModel) -> bool:
     """Return whether the base is a diffusion model that rows know."""
     try:
         detect_base({name: tensor.shape for name, tensor in base.tensors.items()})

@@ -167,7 +167,7 @@ def plan_merge(
     others = "keep" if base.is_gguf else dtype
     checkpoint = plan_checkpoint(base, works, config=config, dtype=others)
     if base.is_gguf:
-        checkpoint = with_words(checkpoint, provenance(loaded))
+        checkpoint = with_words(checkpoint, provenance(base, loaded))
     words = [*(f"{one.path}: {n}" for one in loaded for n in one.adapter.notes), *placed.notes]
     words += [*untied.notes, *(f"added to the base: {name}" for name in placed.added)]
     words += _config_notes(base, config)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
 
 from loratools.errors import OptionError, UnsupportedError
 from loratools.report import Note
@@ -10,7 +14,7 @@ from loratools.streaming.blocks import TensorResult
 from loratools.streaming.checkpoint import DTYPE_WORDS, output_dtype
 from loratools.streaming.stored import block_codec
 from loratools.suggest import did_you_mean
-from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS
+from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS, torch_dtype
 
 KEEP, DEQUANTIZE = "keep", "dequantize"
 LEAST = 0.5
@@ -90,6 +94,23 @@ def retention_notes(results: Mapping[str, TensorResult]) -> list[Note]:
             "warning",
         )
     ]
+
+
+def rounding_of(word: str, values: Tensor) -> float:
+    """Return the relative error of storing such values in a type: a unit roundoff, or measured.
+
+    Args:
+        word: safetensors' dtype word or ggml's type.
+        values: (rows, columns) as stored in such a type, which mixed are no such values.
+    """
+    if word in DTYPES:
+        return float(torch.finfo(torch_dtype(word)).eps)
+    codec = block_codec(word)
+    mixed = ((values + values.flip(0, -1)) / math.sqrt(2)).to(torch.float32)
+    norm = float(mixed.norm())
+    if not codec.can_encode or norm == 0 or mixed.shape[-1] % codec.elements:
+        return 1.0
+    return float((codec.decode(codec.encode(mixed)) - mixed).norm()) / norm
 
 
 def retained_fact(results: Iterable[TensorResult]) -> dict[str, float]:

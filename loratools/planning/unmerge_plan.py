@@ -14,11 +14,13 @@ from loratools.formats.module_reading import RESHAPE
 from loratools.formats.parameters import is_carried
 from loratools.planning.merge_plan import LoadedAdapter, MergePlan, plan_merge
 from loratools.planning.networks import share_networks
+from loratools.planning.provenance import provenance_of
+from loratools.planning.quantising import rounding_of
 from loratools.planning.widening import find_left_wide
 from loratools.report import Json, Note
 from loratools.streaming.blocks import TensorResult, TensorWork, sample
-from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, unchanged
-from loratools.tensorfiles.dtypes import torch_dtype
+from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, unchanged, with_words
+from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
 
 # What a merge may have corrected in config.json.
 _CORRECTED = (
@@ -103,7 +105,12 @@ def plan_restore(
         for name, tensor in base.tensors.items()
         if name in touched or _looks_different(merged, base, name)
     }
-    return plan_checkpoint(merged, restored, dropped=added, config=_config_back(merged, base))
+    checkpoint = plan_checkpoint(
+        merged, restored, dropped=added, config=_config_back(merged, base)
+    )
+    if merged.is_gguf and base.is_gguf:
+        return with_words(checkpoint, provenance_of(base, merged))
+    return checkpoint
 
 
 def check_merged(
@@ -117,8 +124,12 @@ def check_merged(
     plan = plan_merge(base, loaded, arch=arch)
     for name in plan.placements:
         found = merged.tensors.get(name)
-        expected = sample(plan.checkpoint.works[name])
-        if found is None or expected is None or found.shape != plan.checkpoint.works[name].shape:
+        work = plan.checkpoint.works[name]
+        if found is None or found.shape != work.shape:
+            continue
+        # In the type that the merge wrote, which --quant or --dtype may have chosen.
+        expected = sample(replace(work, dtype=found.dtype))
+        if expected is None:
             continue
         stored = sample(unchanged(found))
         if stored is not None and not _is_same_change(*expected, stored[1], found.dtype):
@@ -130,11 +141,15 @@ def check_merged(
 
 
 def _is_same_change(before: Tensor, after: Tensor, stored: Tensor, dtype: str) -> bool:
+    # Blocks begin alike, and one may be longer.
+    rows = min(before.numel(), stored.numel()) // before.shape[-1]
+    before, after = before[:rows], after[:rows]
+    stored = stored.flatten()[: before.numel()].view(before.shape)
     change, found = after - before, stored - before
     size = float(change.norm())
     if size == 0:
         return True
-    noise = float(torch.finfo(torch_dtype(dtype)).eps) * float(before.norm())
+    noise = rounding_of(dtype, before) * float(before.norm())
     share = float((change * found).sum()) / size**2
     return abs(share - 1) <= 0.25 + noise / size and float((found - change).norm()) <= max(
         size / 2, 2 * noise
@@ -173,10 +188,26 @@ def plan_subtraction(
             hint="give the model it was merged into with --base, to copy its tensors back",
         )
     plan = plan_merge(merged, [replace(one, strength=-one.strength) for one in loaded], arch=arch)
+    _refuse_rounded(plan)
     modules = [p.module for placements in plan.placements.values() for p in placements]
     text = "keeps its columns; if the merge widened it, only --base narrows it again"
     notes = [Note(text, "warning", name) for name in find_left_wide(merged, modules)]
     return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _refuse_rounded(plan: MergePlan) -> None:
+    """Refuse tensors in blocks of few bits: rounding has taken a part of the change already."""
+    works = plan.checkpoint.works
+    coded = [name for name in plan.placements if works[name].source.dtype not in DTYPES]
+    if coded:
+        types = ", ".join(sorted({works[name].source.dtype for name in coded}))
+        more = f" and {len(coded) - 1} more" if len(coded) > 1 else ""
+        raise UnsupportedError(
+            f"{coded[0]}{more}: stored as {types}, from which subtraction cannot restore what "
+            "rounding has lost",
+            hint="give the model it was merged into with --base: its tensors are copied back, "
+            "bit for bit",
+        )
 
 
 def _irreversible(one: LoadedAdapter) -> Iterator[str]:

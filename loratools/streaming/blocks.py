@@ -8,23 +8,27 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loratools.basemodel import BaseTensor, elements
+from loratools.basetensors import BaseTensor, elements
+from loratools.codecs.ggml_grids import GGML_GRIDS
 from loratools.deltas import RowFold
 from loratools.deltas.corner import take_corner
 from loratools.errors import CorruptFileError, InputError, LoratoolsError, NonFiniteError
-from loratools.streaming.stored import storage_of, stored_bytes
+from loratools.streaming.stored import block_elements, storage_of, stored_bytes
 from loratools.tensorfiles.copying import read_at
 
 # Blocks of 2**19 elements (2 MiB in float32) stay in the caches: measured 3 to 5 times faster
 # than whole matrices. A GPU wants more work at a time.
 _BLOCK = {"cpu": 1 << 19}
 _GPU_BLOCK = 1 << 24
+# Rounding column by column starts kernels for one column of a block: the more rows the better.
+_SHAPED_BLOCK = {"cpu": 1 << 22}
+_SHAPED_GPU_BLOCK = 1 << 26
 
 MakeFolds = Callable[[str], Sequence[RowFold]]
 
@@ -40,6 +44,8 @@ class TensorWork:
         source: where its values start from; a smaller one is padded with zeros at the end of
             each dimension.
         folds: prepares the changes on a device, or ``None`` if there are none.
+        rounding: how codes are chosen where the output has few bits; nearest, if not said.
+        whole: the packed weight that this stored tensor is a part of, if it is one.
     """
 
     name: str
@@ -47,6 +53,8 @@ class TensorWork:
     shape: tuple[int, ...]
     source: BaseTensor
     folds: MakeFolds | None = None
+    rounding: Rounding | None = None
+    whole: TensorWork | None = None
 
     @property
     def elements(self) -> int:
@@ -56,13 +64,22 @@ class TensorWork:
     @property
     def nbytes(self) -> int:
         """Size in the output."""
+        if self.is_packed and self.source.packed:
+            parts = self.source.packed.tensors.values()
+            return sum(stored_bytes(part.dtype, part.shape) for part in parts)
         return stored_bytes(self.dtype, self.shape)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the output is in the source's own scheme of several stored tensors."""
+        return self.source.packed is not None and self.dtype == self.source.packed.scheme
 
     @property
     def is_copy(self) -> bool:
         """Whether the output's bytes are the source's."""
         same = (self.dtype, self.shape) == (self.source.dtype, self.source.shape)
-        return self.folds is None and same
+        own = self.is_packed or (same and self.source.packed is None)
+        return self.folds is None and own
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +92,10 @@ class TensorResult:
         change_norm: ‖W' − W‖ before rounding.
         result_norm: ‖W'‖ before rounding.
         retained: ⟨Δ', Δ⟩/‖Δ‖², how much of the change Δ is left in what is stored, Δ', where the
-            output is in blocks of few bits.
+            output has few bits; and so for what follows.
+        subspace_error: ‖(Δ' − Δ)V‖/‖ΔV‖ on the inputs V that the adapters act on, if known.
+        added_error: ‖Δ' − Δ‖/‖W'‖.
+        codes_changed: share of the codes that differ, where they can be compared.
     """
 
     name: str
@@ -83,6 +103,9 @@ class TensorResult:
     change_norm: float
     result_norm: float
     retained: float | None = None
+    subspace_error: float | None = None
+    added_error: float | None = None
+    codes_changed: float | None = None
 
 
 def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
@@ -91,7 +114,7 @@ def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
     ``None`` for an empty tensor and for folds that need the whole matrix at once.
     """
     folds = list(work.folds("cpu")) if work.folds else []
-    if work.elements == 0 or any(fold.reach == "whole" for fold in folds):
+    if work.elements == 0 or work.is_packed or any(fold.reach == "whole" for fold in folds):
         return None
     with Blocks(work, folds, Buffers(), "cpu") as blocks:
         blocks.measure()
@@ -133,15 +156,19 @@ class Blocks:
         self.substitutes = any(fold.substitutes for fold in folds)
         self.buffers = buffers
         self.device = device
-        leading = max((fold.leading for fold in folds), default=1)
+        leading = max((fold.leading for fold in folds), default=_leading(work))
         self.rows = elements(work.shape[:leading])
         self.columns = elements(work.shape) // self.rows if self.rows else 0
-        self.step = self._step()
-        self.source = storage_of(work.source.dtype)
-        self.target = storage_of(work.dtype)
+        self.source = source_storage(work.source)
+        self.target = target_storage(work.dtype, work.source)
         self.dtype = torch.float32 if self.target.codec else self.target.dtype
+        self.packed = PackedSource(work.source) if work.source.packed else None
+        self.coded = self.target.codec is not None or work.is_packed
+        rounding = work.rounding if self.coded and folds else None
+        self.subspaces = Subspaces(rounding, *self._matrix(), device)
+        self.losses = Losses(self.subspaces)
+        self.step = self._step()
         self.changed = False
-        self.kept = 0.0
         self.squares = [0.0, 0.0]
         self.file: int | None = None
 
@@ -157,8 +184,17 @@ class Blocks:
     def _step(self) -> int:
         if any(fold.reach == "whole" for fold in self.folds):
             return max(self.rows, 1)
-        block = _BLOCK.get(torch.device(self.device).type, _GPU_BLOCK)
-        return max(1, block // max(self.columns, 1))
+        kind, shaped = torch.device(self.device).type, self.subspaces.strength is not None
+        block = _BLOCK.get(kind, _GPU_BLOCK)
+        if shaped:
+            block = _SHAPED_BLOCK.get(kind, _SHAPED_GPU_BLOCK)
+        rows = max(1, block // max(self.columns, 1))
+        unit = self.packed.unit // max(self.columns, 1) if self.packed else 1
+        return rows if unit < 2 else -(-rows // unit) * unit
+
+    def _matrix(self) -> tuple[int, int]:
+        """Return the rows and columns in which codes are chosen."""
+        return self.rows, self.columns
 
     def measure(self) -> None:
         """Show every block to the folds that need to see all rows first."""
@@ -188,8 +224,17 @@ class Blocks:
     def result(self) -> TensorResult:
         """Return what folding did, after the last block."""
         change, result = (math.sqrt(square) for square in self.squares)
-        retained = self.kept / self.squares[0] if self.target.codec and self.squares[0] else None
-        return TensorResult(self.work.name, self.changed, change, result, retained)
+        losses, done = self.losses, TensorResult(self.work.name, self.changed, change, result)
+        if not self.coded:
+            return done
+        added, moved = losses.added_error(result), losses.codes_changed
+        return replace(
+            done,
+            retained=losses.retained,
+            subspace_error=losses.subspace_error,
+            added_error=added,
+            codes_changed=moved,
+        )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.rows if self.columns else 0, self.step):
@@ -209,8 +254,13 @@ class Blocks:
 
     def _read_stored(self, start: int, stop: int, columns: int) -> Tensor:
         source = self.work.source
+        if self.packed:
+            flat = self.packed.read(start * columns, stop * columns)
+            return flat.view(stop - start, columns)
         if source.values is not None:
             return source.values.reshape(-1, columns)[start:stop].contiguous()
+        if source.rows is not None:
+            return source.rows(start, stop)
         assert self.file is not None
         assert source.start is not None
         items = self.source.items(columns)
@@ -239,7 +289,8 @@ class Blocks:
             return self.buffers.take(role, dtype, raw.numel()).view(raw.shape).copy_(raw)
         return raw.to(self.device).to(dtype)
 
-    def _fold_block(self, raw: Tensor, start: int) -> Tensor:
+    def _summed(self, raw: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum, what was added, and what that makes of the stored weight."""
         wide = self._wide(raw, start)
         weight = wide.to(torch.float32)
         if self.device == "cpu":
@@ -251,9 +302,14 @@ class Blocks:
         wide.add_(change)
         made = wide - self._original(raw) if self.substitutes else change
         self.squares[0] += _square(made)
-        out = self._rounded(wide, start)
+        return wide, change, made
+
+    def _fold_block(self, raw: Tensor, start: int) -> Tensor:
+        wide, change, made = self._summed(raw, start)
+        out = self._rounded(wide, start, raw)
         if self.target.codec:
-            self.kept += self._kept(out, wide, made)
+            error = self.target.decode(out.to(wide.device)).sub_(wide)
+            self.losses.add(made, error, start)
         if not self.changed:
             self.changed = self._differs(out, raw, wide, change)
         return out
@@ -261,33 +317,40 @@ class Blocks:
     def _original(self, raw: Tensor) -> Tensor:
         return self.source.decode(raw.to(self.device)).to(torch.float32)
 
-    def _kept(self, out: Tensor, wide: Tensor, change: Tensor) -> float:
-        """Return ⟨Δ', Δ⟩ of a block: the change and the rounding's error, seen along the change."""
-        error = self.target.decode(out.to(wide.device)).sub_(wide)
-        along = error.add_(change).flatten()
-        return float(torch.dot(along, change.flatten()))
+    def _rounded(self, wide: Tensor, start: int, raw: Tensor | None = None) -> Tensor:
+        self._check(wide, start)
+        return self._stored(wide, start, raw)
 
-    def _rounded(self, wide: Tensor, start: int) -> Tensor:
+    def _check(self, wide: Tensor, start: int) -> None:
+        """Count the norm, and refuse what the output cannot hold."""
         square = _square(wide)
         # No element exceeds the norm. A NaN fails every comparison, so it is looked for too.
         if not math.sqrt(square) <= torch.finfo(self.dtype).max:
             self._refuse_non_finite(wide, start)
         self.squares[1] += square
-        return self._stored(wide)
 
-    def _stored(self, wide: Tensor) -> Tensor:
+    def _stored(self, wide: Tensor, start: int, raw: Tensor | None) -> Tensor:
         if self.target.codec:
-            return self._encoded(wide)
+            return self._encoded(wide, start, raw)
         if self.device == "cpu":
             out = self.buffers.take("out", self.dtype, wide.numel())
             return out.view(wide.shape).copy_(wide)
         return wide.to(self.dtype).cpu()
 
-    def _encoded(self, wide: Tensor) -> Tensor:
+    def _encoded(self, wide: Tensor, start: int, raw: Tensor | None) -> Tensor:
+        values = wide.to(torch.float32)
+        frozen = GGML_GRIDS.get(self.target.word) if self.subspaces.strength is not None else None
         try:
-            return self.target.encode(wide.to(torch.float32)).cpu()
+            if frozen is None or raw is None:
+                return self.target.encode(values).cpu()
+            # Another type has no scales yet: those of rounding to nearest are as good as any.
+            scales = raw if self.source == self.target else self.target.encode(values).cpu()
         except LoratoolsError as error:
             raise type(error)(f"{self.work.name}: {error.message}", error.hint) from error
+        before, grid = frozen.read(scales)
+        codes = self.subspaces.codes(values, grid.to(self.device), start).cpu()
+        self.losses.count(before, codes)
+        return frozen.write(scales, codes)
 
     def _refuse_non_finite(self, wide: Tensor, start: int) -> None:
         out = wide.to(self.dtype)
@@ -328,6 +391,17 @@ class Blocks:
             ),
             start,
         )
+
+
+def _leading(work: TensorWork) -> int:
+    """Return how many dimensions count as rows where no fold says it: as many as make whole blocks."""
+    if work.shape != work.source.shape:
+        return 1
+    unit = max(block_elements(word) for word in (work.dtype, work.source.dtype))
+    if unit == 1:
+        return max(len(work.shape) - 1, 1)
+    most = range(len(work.shape) - 1, 0, -1)
+    return next((n for n in most if elements(work.shape[n:]) % unit == 0), 0)
 
 
 def _non_finite_hint(value: float, dtype: str) -> str:

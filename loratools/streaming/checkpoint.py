@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from loratools.tensorfiles.gguf_reading import Value
 from loratools.tensorfiles.sharded import encode_index
 
 DTYPE_WORDS: Mapping[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-_CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+REMOVED = object()
+"""The value of a config's field that is to be taken out."""
+CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Checkpoint:
     Attributes:
         base: the model whose layout and side files it takes.
         files: weights files.
-        config: fields of ``config.json`` to set; empty leaves the file's bytes alone.
+        config: fields of ``config.json`` to set, or to take out where the value is ``REMOVED``;
+            empty leaves the file's bytes alone.
     """
 
     base: BaseModel
@@ -47,8 +50,9 @@ class Checkpoint:
 
     @property
     def works(self) -> dict[str, TensorWork]:
-        """Every output tensor by name."""
-        return {work.name: work for file in self.files for work in file.tensors}
+        """Every output tensor by name, packed weights as one."""
+        every = (work.whole or work for file in self.files for work in file.tensors)
+        return {work.name: work for work in every}
 
 
 def plan_checkpoint(
@@ -70,9 +74,12 @@ def plan_checkpoint(
     """
     files = []
     added = [work for name, work in changes.items() if name not in base.tensors]
+    every = {n: changes.get(n) or unchanged(t, dtype) for n, t in base.tensors.items()}
+    every |= {work.name: work for work in added}
+    done: set[str] = set()
     for position, shard in enumerate(base.shards):
         kept = [tensor for tensor in shard.tensors if tensor.name not in dropped]
-        works = [changes.get(tensor.name) or unchanged(tensor, dtype) for tensor in kept]
+        works = [work for tensor in kept for work in _works(base, tensor, every, done)]
         if position == len(base.shards) - 1:
             works += added
         files.append(FileWork(_file_name(base, shard), tuple(works), shard))
@@ -80,14 +87,35 @@ def plan_checkpoint(
     return Checkpoint(base, tuple(files), edits)
 
 
-def with_words(checkpoint: Checkpoint, words: Mapping[str, Value]) -> Checkpoint:
-    """Return the checkpoint with metadata added to its first GGUF file."""
+def _works(
+    base: BaseModel, tensor: BaseTensor, works: Mapping[str, TensorWork], done: set[str]
+) -> Iterator[TensorWork]:
+    """Yield what the output stores for one stored tensor of the base; ``done`` grows."""
+    whole = works.get(base.parts[tensor.name].name if tensor.name in base.parts else tensor.name)
+    if whole is None:
+        # It only matters beside a quantised weight.
+        if base.companions[tensor.name] in works and works[base.companions[tensor.name]].is_packed:
+            yield unchanged(tensor)
+    elif not whole.is_packed:
+        if whole.name not in done:
+            yield whole
+        done.add(whole.name)
+    elif whole.source.packed:
+        # The source's own part, which is another model's where one is restored from its base.
+        parts = {part.name: part for part in whole.source.packed.tensors.values()}
+        yield replace(unchanged(parts[tensor.name]), whole=whole)
+
+
+def with_words(checkpoint: Checkpoint, words: Mapping[str, Value | None]) -> Checkpoint:
+    """Return the checkpoint with metadata set in its first GGUF file, or left out (``None``)."""
     first, *others = checkpoint.files
     return replace(checkpoint, files=(replace(first, words=words), *others))
 
 
 def unchanged(tensor: BaseTensor, dtype: str = "keep") -> TensorWork:
     """Return the work that keeps a tensor, converted to ``dtype`` if it is a float."""
+    if tensor.packed is not None:
+        return TensorWork(tensor.name, tensor.packed.scheme, tensor.shape, tensor)
     return TensorWork(tensor.name, output_dtype(tensor.dtype, dtype), tensor.shape, tensor)
 
 
@@ -100,7 +128,7 @@ def _dtype_edit(base: BaseModel, dtype: str) -> dict[str, str]:
     if dtype == "keep" or base.config is None:
         return {}
     names = [name for name in ("dtype", "torch_dtype") if base.config.get(name)]
-    return dict.fromkeys(names, _CONFIG_DTYPES[DTYPE_WORDS[dtype]])
+    return dict.fromkeys(names, CONFIG_DTYPES[DTYPE_WORDS[dtype]])
 
 
 def _file_name(base: BaseModel, shard: Shard) -> str:
@@ -223,6 +251,9 @@ def edited_config(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[s
     A word that only the section has is set there alone, except for the embeddings' tie, which
     readers look for in both places.
     """
+    removed = {name for name, value in edits.items() if value is REMOVED}
+    if removed:
+        return edited_config(_without(config, removed), _without(edits, removed))
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return {**config, **edits}
@@ -233,3 +264,12 @@ def edited_config(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[s
         if name in config or name not in text or name == "tie_word_embeddings"
     }
     return {**config, **outer, "text_config": {**text, **inner}}
+
+
+def _without(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a config without some words, at the top and in the text model's section."""
+    kept = {name: value for name, value in config.items() if name not in names}
+    text = kept.get("text_config")
+    if isinstance(text, Mapping):
+        kept["text_config"] = {name: value for name, value in text.items() if name not in names}
+    return kept

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
 
-from loratools.basemodel import Shard
+from loratools.basemodel import ORIGINAL_SHAPE, Shard
 from loratools.errors import CorruptFileError
 from loratools.streaming.blocks import TensorWork, open_source
 from loratools.tensorfiles.gguf import GGUFHeader
@@ -27,13 +27,13 @@ class FileWork:
         name: of the file.
         tensors: in the order of their data.
         original: the shard that it takes the place of, of the same container.
-        words: metadata to set in a GGUF file, beside the original's own.
+        words: metadata to set in a GGUF file, beside the original's own; ``None``: to leave out.
     """
 
     name: str
     tensors: tuple[TensorWork, ...]
     original: Shard
-    words: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
+    words: Mapping[str, Value | None] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,18 @@ def _gguf(file: FileWork, original: GGUFHeader) -> Layout:
     if _is_unchanged(file) and not file.words:
         header = _own_header(file)
     else:
-        entries = [Entry(work.name, work.dtype, work.shape) for work in file.tensors]
-        header = encode_gguf_header({**original.metadata, **file.words}, entries)
+        entries = [Entry(work.name, work.dtype, _folded(work, original)) for work in file.tensors]
+        words = {**original.metadata, **file.words}
+        kept = {key: value for key, value in words.items() if value is not None}
+        header = encode_gguf_header(kept, entries)
     return _placed(header, file.tensors, original.alignment)
+
+
+def _folded(work: TensorWork, original: GGUFHeader) -> tuple[int, ...]:
+    """Return the shape that a tensor has in the file, where that is not the model's own."""
+    held = original.tensors.get(work.name)
+    said = f"{ORIGINAL_SHAPE}{work.name}" in original.metadata
+    return held.shape if held is not None and said else work.shape
 
 
 def _placed(header: bytes, tensors: Sequence[TensorWork], alignment: int) -> Layout:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratools.compute import Compute, one_thread_kernels
 from loratools.errors import CorruptFileError
 from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork, open_source
 from loratools.streaming.layouts import CHANGED, FileWork, layout_of
+from loratools.streaming.packed_blocks import PackedBlocks, write_patch
 from loratools.tensorfiles.copying import copy_range, start_writeback, write_at
 
 Progress = Callable[[int, int], None]
@@ -56,7 +59,7 @@ class _Runner:
         with ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(self.compute.workers) as pool:
             self.syncing, self.synced = syncing, []
             try:
-                futures = [f for file, path in files for f in self._submit(pool, file, path)]
+                futures = self._submit(pool, files)
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in (*done, *self.synced):
                     future.result()
@@ -64,38 +67,46 @@ class _Runner:
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
-        names = (work.name for file, _ in files for work in file.tensors)
+        names = (_whole(work).name for file, _ in files for work in file.tensors)
         return {name: self.results[name] for name in names if name in self.results}
 
     def _submit(
-        self, pool: ThreadPoolExecutor, file: FileWork, path: Path
-    ) -> Iterator[Future[None]]:
-        layout = layout_of(file)
-        path.write_bytes(layout.header)
-        os.truncate(path, layout.size)
-        tasks = [*_tasks(file.tensors, layout.offsets)]
-        pending = _Countdown(len(tasks))
-        for task in tasks:
-            yield pool.submit(self._guarded, task, path, pending)
+        self, pool: ThreadPoolExecutor, files: Sequence[tuple[FileWork, Path]]
+    ) -> list[Future[None]]:
+        tasks: list[_Task] = []
+        parts: dict[str, _Recode] = {}
+        for file, path in files:
+            layout = layout_of(file)
+            path.write_bytes(layout.header)
+            os.truncate(path, layout.size)
+            tasks += _tasks(path, file.tensors, layout.offsets)
+            _gather_parts(parts, path, file.tensors, layout.offsets)
+        # They take longest, so they go first.
+        tasks = [*parts.values(), *tasks]
+        touched = Counter(path for task in tasks for path in task.paths)
+        pending = {path: _Countdown(count) for path, count in touched.items()}
+        return [pool.submit(self._guarded, task, pending) for task in tasks]
 
-    def _guarded(self, task: _Copy | _Fold, path: Path, pending: _Countdown) -> None:
+    def _guarded(self, task: _Task, pending: Mapping[Path, _Countdown]) -> None:
         if self.stop.is_set():
             return
         try:
             if isinstance(task, _Copy):
-                self._copy(task, path)
+                self._copy(task)
+            elif isinstance(task, _Fold):
+                self._fold(task)
             else:
-                self._fold(task, path)
-            if pending.is_last():
-                self.synced.append(self.syncing.submit(_sync, path))
+                self._recode(task)
+            done = [path for path in task.paths if pending[path].is_last()]
+            self.synced += [self.syncing.submit(_sync, path) for path in done]
         except BaseException:
             self.stop.set()
             raise
 
-    def _copy(self, task: _Copy, path: Path) -> None:
+    def _copy(self, task: _Copy) -> None:
         with (
             os.fdopen(open_source(task.source), "rb", buffering=0) as source,
-            path.open("r+b", buffering=0) as target,
+            task.path.open("r+b", buffering=0) as target,
         ):
             try:
                 copy_range(source.fileno(), task.start, target.fileno(), task.to, task.count)
@@ -104,11 +115,11 @@ class _Runner:
             start_writeback(target.fileno(), task.to, task.count)
         self.progress(task.count)
 
-    def _fold(self, task: _Fold, path: Path) -> None:
+    def _fold(self, task: _Fold) -> None:
         work = task.work
         folds = list(work.folds(self.compute.device)) if work.folds else []
         blocks = Blocks(work, folds, self._buffers(), self.compute.device)
-        with blocks, path.open("r+b", buffering=0) as target:
+        with blocks, task.path.open("r+b", buffering=0) as target:
             blocks.measure()
             for data, offset in blocks.folded():
                 if self.stop.is_set():
@@ -118,6 +129,30 @@ class _Runner:
             start_writeback(target.fileno(), task.to, work.nbytes)
         if folds:
             self.results[work.name] = blocks.result()
+
+    def _recode(self, task: _Recode) -> None:
+        work = task.work
+        assert work.folds is not None
+        folds = list(work.folds(self.compute.device))
+        places = {_role(place.work, work): place for place in task.places}
+        for place in task.places:
+            source = place.work.source
+            if source.start is None:
+                self._fold(_Fold(place.path, replace(place.work, whole=None), place.to))
+            else:
+                self._copy(_Copy(place.path, source.file, source.start, place.to, place.work.nbytes))
+        blocks = PackedBlocks(work, folds, self._buffers(), self.compute.device)
+        blocks.measure()
+        with ExitStack() as stack:
+            opened = {
+                path: stack.enter_context(path.open("r+b", buffering=0)) for path in task.paths
+            }
+            for patch in blocks.patches():
+                if self.stop.is_set():
+                    return
+                place = places[patch.part]
+                write_patch(opened[place.path].fileno(), place.to, place.work.source, patch)
+        self.results[work.name] = blocks.result()
 
     def _buffers(self) -> Buffers:
         if not hasattr(self.local, "buffers"):
@@ -130,18 +165,43 @@ class _Runner:
 class _Copy:
     """``count`` bytes that stay as they are."""
 
+    path: Path
     source: Path
     start: int
     to: int
     count: int
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.path,)
 
 
 @dataclass(frozen=True, slots=True)
 class _Fold:
     """A tensor that is computed, and its byte offset in the output."""
 
+    path: Path
     work: TensorWork
     to: int
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recode:
+    """A packed weight that is folded in its own scheme, and where its stored parts go."""
+
+    work: TensorWork
+    places: list[_Fold] = field(default_factory=list)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(place.path for place in self.places))
+
+
+_Task = _Copy | _Fold | _Recode
 
 
 class _Countdown:
@@ -163,22 +223,51 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _tasks(tensors: Sequence[TensorWork], offsets: Sequence[int]) -> Iterator[_Copy | _Fold]:
+def _tasks(
+    path: Path, tensors: Sequence[TensorWork], offsets: Sequence[int]
+) -> Iterator[_Copy | _Fold]:
     """Yield the file's tasks in order, neighbouring copies as one."""
     waiting: _Copy | None = None
     for work, offset in zip(tensors, offsets, strict=True):
         start = work.source.start
+        if _is_recoded(work):
+            continue
         if not work.is_copy or start is None:
-            yield _Fold(work, offset)
+            yield _Fold(path, work, offset)
         elif waiting and _continues(waiting, work.source.file, start, offset):
             waiting = replace(waiting, count=waiting.count + work.nbytes)
         else:
             if waiting:
                 yield waiting
-            waiting = _Copy(work.source.file, start, offset, work.nbytes)
+            waiting = _Copy(path, work.source.file, start, offset, work.nbytes)
     if waiting:
         yield waiting
 
 
 def _continues(copy: _Copy, source: Path, start: int, to: int) -> bool:
     return (copy.source, copy.start + copy.count, copy.to + copy.count) == (source, start, to)
+
+
+def _gather_parts(
+    found: dict[str, _Recode], path: Path, tensors: Sequence[TensorWork], offsets: Sequence[int]
+) -> None:
+    """Add to every packed weight that is folded where this file holds its parts."""
+    for work, offset in zip(tensors, offsets, strict=True):
+        if _is_recoded(work):
+            whole = _whole(work)
+            found.setdefault(whole.name, _Recode(whole)).places.append(_Fold(path, work, offset))
+
+
+def _is_recoded(work: TensorWork) -> bool:
+    return work.whole is not None and work.whole.folds is not None
+
+
+def _whole(work: TensorWork) -> TensorWork:
+    return work.whole or work
+
+
+def _role(part: TensorWork, whole: TensorWork) -> str:
+    """Return which part of a packed weight a stored tensor is."""
+    assert whole.source.packed is not None
+    roles = whole.source.packed.tensors.items()
+    return next(role for role, tensor in roles if tensor.name == part.name)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loratools.basetensors import BaseTensor
 from loratools.codecs.block import BlockCodec
+from loratools.errors import UnsupportedError
 from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
+from loratools.tensorfiles.gguf_types import storage_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,20 @@ class Storage:
         return self.codec.encode(values)
 
 
+def source_storage(tensor: BaseTensor) -> Storage:
+    """Return how a base's tensor is read: a packed weight arrives as float32."""
+    if tensor.packed is not None:
+        return Storage(tensor.packed.scheme, torch.float32)
+    return storage_of(tensor.dtype)
+
+
+def target_storage(word: str, source: BaseTensor) -> Storage:
+    """Return how an output is written: a scheme of several tensors is coded from float32."""
+    if source.packed is not None and word == source.packed.scheme:
+        return Storage(word, torch.float32)
+    return storage_of(word)
+
+
 def storage_of(word: str) -> Storage:
     """Return how a dtype word or ggml type stores rows."""
     if word in DTYPES:
@@ -49,10 +66,19 @@ def storage_of(word: str) -> Storage:
 
 
 def block_codec(word: str) -> BlockCodec:
-    """Return the codec of a ggml type of blocks; raises KeyError for any other word."""
+    """Return the codec of a ggml type of blocks; raises UnsupportedError for a type without."""
     from loratools.codecs.ggml import GGML_TYPES
 
+    if word not in GGML_TYPES:
+        raise UnsupportedError(
+            f"{word} tensors can neither be read nor written", hint=f"types: {', '.join(GGML_TYPES)}"
+        )
     return GGML_TYPES[word].codec
+
+
+def block_elements(word: str) -> int:
+    """Return how many numbers are coded together; raises KeyError for an unknown word."""
+    return 1 if word in DTYPES else storage_type(word).elements
 
 
 def stored_bytes(word: str, shape: Sequence[int]) -> int:
@@ -60,5 +86,5 @@ def stored_bytes(word: str, shape: Sequence[int]) -> int:
     count = math.prod(shape)
     if word in DTYPES:
         return count * DTYPES[word] // 8
-    codec = block_codec(word)
-    return count // codec.elements * codec.bytes
+    kind = storage_type(word)
+    return count // kind.elements * kind.size

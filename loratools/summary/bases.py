@@ -10,7 +10,8 @@ from loratools.basemodel import BaseModel, elements, open_pipeline, read_json_ob
 from loratools.errors import UnknownArchitectureError
 from loratools.keymaps.translate import detect_base
 from loratools.report import Json, Report
-from loratools.tensorfiles.dtypes import DTYPES
+from loratools.streaming.stored import stored_bytes
+from loratools.summary.gguf_words import gguf_facts
 
 
 def describe_pipeline(path: Path, given: str) -> Report:
@@ -30,7 +31,7 @@ def describe_pipeline(path: Path, given: str) -> Report:
         "other_files": len(pipeline.other_files),
         "parameters": sum(every.values()),
         "parameters_by_dtype": dict(every),
-        "bytes": _bytes(every),
+        "bytes": sum(_bytes(model) for model in pipeline.components.values()),
     }
     items = tuple(
         {"component": name, **item}
@@ -48,8 +49,9 @@ def _sizes(base: BaseModel) -> Counter[str]:
     return sizes
 
 
-def _bytes(sizes: Mapping[str, int]) -> int:
-    return sum(count * DTYPES[word] // 8 for word, count in sizes.items())
+def _bytes(base: BaseModel) -> int:
+    stored = (tensor for shard in base.shards for tensor in shard.tensors)
+    return sum(stored_bytes(tensor.dtype, tensor.shape) for tensor in stored)
 
 
 def _base_architecture(base: BaseModel) -> str | None:
@@ -73,11 +75,11 @@ def describe_base(base: BaseModel, path: str) -> Report:
         "tensors": len(base.tensors),
         "parameters": sum(sizes.values()),
         "parameters_by_dtype": dict(sizes),
-        "bytes": _bytes(sizes),
+        "bytes": _bytes(base),
         "tied_embeddings": base.config_word("tie_word_embeddings"),
         "quantisation": _scheme(base.config_word("quantization_config")),
     }
-    return Report("inspect", (path,), None, facts, tuple(_tensor_items(base)))
+    return Report("inspect", (path,), None, {**facts, **gguf_facts(base)}, tuple(_tensor_items(base)))
 
 
 def _tensor_items(base: BaseModel) -> Iterator[dict[str, Json]]:

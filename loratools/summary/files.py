@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from loratools.adapter import Adapter
-from loratools.adapter_io import WEIGHT_NAMES, find_weights, open_adapter
+from loratools.adapter_io import find_weights, open_adapter
 from loratools.basemodel import elements, is_pipeline, open_base, open_pipeline
 from loratools.errors import InputError, OptionError, UnknownFormatError
 from loratools.plots.alignment import draw_alignment
@@ -22,6 +22,7 @@ from loratools.spectra.figures import spectrum_facts
 from loratools.spectra.layers import AdapterSpectrum, measure_spectrum
 from loratools.summary.adapters import describe_adapter
 from loratools.summary.bases import describe_base, describe_pipeline
+from loratools.tensorfiles.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from loratools.tensorfiles.header import read_header
 
 PathLike = str | os.PathLike[str]
@@ -175,7 +176,7 @@ def _open_if_adapter(path: Path) -> tuple[str, Adapter] | None:
     """Return the format's name and the adapter, or None for what is no adapter."""
     if path.is_dir():
         # A base folder may hold adapters in sub-folders; its own weights say what it is.
-        is_adapter = any((path / name).is_file() for name in (*WEIGHT_NAMES, "adapter_config.json"))
+        is_adapter = any((path / name).is_file() for name in (*ADAPTER_WEIGHTS, ADAPTER_CONFIG))
         if not is_adapter and (path / "config.json").is_file():
             return None
         path = find_weights(path)

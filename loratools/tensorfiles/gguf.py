@@ -270,5 +270,3 @@ def read_row_blocks(tensor: GGUFTensor, rows: int) -> Iterator[tuple[int, bytes]
             if len(block) != count:
                 raise CorruptFileError(f"{tensor.file}: changed while it was read")
             yield first, block
-
-

@@ -168,9 +168,7 @@ class Cursor:
             self._skip_texts(count, what)
         else:
             self.take(count * size, what)
-        return Value(
-            ValueType.ARRAY, ArrayValue(item, count, self.path, start, self.place), item
-        )
+        return Value(ValueType.ARRAY, ArrayValue(item, count, self.path, start, self.place), item)
 
     def _skip_texts(self, count: int, what: str) -> None:
         """Step over strings without making them: a vocabulary has 150 000."""

@@ -53,17 +53,21 @@ def words_from_metadata(metadata: Mapping[str, Value]) -> dict[str, str]:
         plain = value.plain()
         words[key] = plain if isinstance(plain, str) else json.dumps(plain)
         if (value.type, value.item) != KNOWN.get(key, _STRING):
-            types[key] = ":".join(kind.name for kind in (value.type, value.item) if kind is not None)
+            types[key] = ":".join(
+                kind.name for kind in (value.type, value.item) if kind is not None
+            )
     if types:
         words[TYPES_WORD] = json.dumps(types, sort_keys=True)
     return words
 
 
 def metadata_from_words(words: Mapping[str, str]) -> dict[str, Value]:
-    """Return what ``words_from_metadata`` was given; raises OutputError for text of no such type."""
+    """Return what ``words_from_metadata`` was given; raises OutputError for other text."""
     types = json.loads(words.get(TYPES_WORD, "{}"))
     return {
-        key: _value(key, text, _kind(key, types)) for key, text in words.items() if key != TYPES_WORD
+        key: _value(key, text, _kind(key, types))
+        for key, text in words.items()
+        if key != TYPES_WORD
     }
 
 

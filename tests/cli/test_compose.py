@@ -273,6 +273,41 @@ def test_attention_keeps_one_rank_and_alpha_for_its_two_layers(run: Run) -> None
 
 
 @pytest.mark.usefixtures("here")
+def test_attention_keeps_one_rank_where_one_of_its_layers_needs_less(run: Run) -> None:
+    from loratools.adapter_io import load_adapter
+
+    generator = torch.Generator().manual_seed(3)
+    same = torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator)
+    for name in ("a", "b"):
+        factors = {
+            "attn.lora_A.weight": torch.randn(2, 8, generator=generator),
+            "attn.lora_B.weight": torch.randn(24, 2, generator=generator),
+            "attn.base_layer.out_proj.lora_A.weight": same[0],
+            "attn.base_layer.out_proj.lora_B.weight": same[1],
+        }
+        write_peft(name, factors, r=2, lora_alpha=4, target_modules=["attn"])
+    done = run("compose", "a", "b:0.5", "-o", "out", "--method", "svd")
+    assert done.code == 0, done.err
+    assert config("out")["r"] == 4
+    made, first = (load_adapter(name).layers["attn.out_proj"] for name in ("out", "a"))
+    near(made.materialize().double(), 1.5 * first.materialize().double())
+
+
+def test_a_bias_is_not_scaled_with_attention() -> None:
+    from loratools.composition.layers import Recipe, combine_layer
+    from loratools.deltas import LoRA
+    from loratools.merge_methods import get_method
+
+    generator = torch.Generator().manual_seed(1)
+    down, up = torch.randn(2, 4, generator=generator), torch.randn(5, 2, generator=generator)
+    lora = LoRA(down, up, 3.0, torch.ones(5), "attention_out")
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    done = combine_layer("m", (lora, lora), weights, Recipe(get_method("linear"), 1.0, 0, None))
+    assert done.delta.bias_change is not None
+    torch.testing.assert_close(done.delta.bias_change, torch.full((5,), 4.5))
+
+
+@pytest.mark.usefixtures("here")
 def test_biases_and_embeddings_add_up(run: Run) -> None:
     from loratools.adapter_io import load_adapter
 
@@ -370,9 +405,12 @@ def test_warns_of_different_base_models_and_of_a_zero_result(run: Run) -> None:
     done = run("compose", "adapter", "second", "-o", "out")
     assert done.code == 0
     assert "adapter on one/model, second on other/model" in done.err
-    done = run("compose", "adapter", "adapter:-1", "-o", "nothing", "--method", "svd")
-    assert done.code == 0
-    assert "every layer is zero" in done.err
+    for method in ("svd", "linear"):
+        done = run("compose", "adapter", "adapter:-1", "-o", method, "--method", method)
+        assert done.code == 0
+        assert "every layer is zero" in done.err
+    assert config("svd")["r"] == 1
+    assert not change_of("svd").any()
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Run by itself: a tiny model's folder as a GGUF file of llama.cpp's own making, without vocabulary.
+"""Run by itself: a tiny model's folder as a GGUF file of llama.cpp's own making.
 
 python llama_base.py LLAMA_CPP FOLDER OUT [fuse]
 """

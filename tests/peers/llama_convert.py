@@ -31,15 +31,23 @@ def convert(case: dict, folder: Path) -> dict:
         model = open_model(case["class"], case["config"], folder)
         model = getattr(model, "impl", model)
         arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
-    except Exception as error:  # noqa: BLE001 - whatever a converter raises is the answer
+    except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     done, errors = {}, {}
     for name, weight in case["tensors"].items():
-        try:
-            done.update(tensor_of(model, name, weight))
-        except Exception as error:  # noqa: BLE001
-            errors[name] = f"{type(error).__name__}: {error}"
+        found = attempt(model, name, weight)
+        if isinstance(found, str):
+            errors[name] = found
+        else:
+            done.update(found)
     return {"arch": arch, "tensors": done, "errors": errors}
+
+
+def attempt(model: object, name: str, weight: torch.Tensor) -> dict | str:
+    try:
+        return tensor_of(model, name, weight)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def open_model(name: str, config: dict, folder: Path) -> object:

@@ -45,9 +45,11 @@ def cases() -> list[Case]:
         if model.refused:
             continue
         base = base_from_config(gguf_cases.config_of(model), model.arch)
-        for steps in gguf_cases.step_sets(model):
-            if steps[0].targets != ("token_embd",) or not base.is_tied(model):
-                found.append((model, steps, gguf_cases.adapter_for(steps, base), base))
+        found += [
+            (model, steps, gguf_cases.adapter_for(steps, base), base)
+            for steps in gguf_cases.step_sets(model)
+            if steps[0].targets != ("token_embd",) or not base.is_tied(model)
+        ]
     return found
 
 
@@ -143,7 +145,7 @@ def difference(case: Case, result: dict[str, Any]) -> str:
 def test_fused_parameters_are_the_experts_one_by_one() -> None:
     """What the converter has no name for is what it makes of the experts' own projections."""
     for case in cases():
-        model, steps, adapter, base = case
+        _, steps, adapter, _ = case
         fused = next(iter(adapter.layers.values()))
         if not isinstance(fused, ExpertLoRA) or not steps[0].sources[0].endswith(IN_MEMORY[0]):
             continue

@@ -1,4 +1,4 @@
-"""Adapters that loratools converts to GGUF, run by llama.cpp itself, against PEFT's forward pass."""
+"""Adapters that loratools converts to GGUF, run by llama.cpp, against PEFT's forward pass."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ ROWS: dict[str, tuple[Layout, int, list[list[int]]]] = {
     "GLM-4V": (lay.mrope_q, HEADS * SIZE, [separated()]),
     "halves": (lay.halves, 10, blocks(5, 5)),
     "quarters": (lay.quarters, 12, blocks(3, 3, 3, 3)),
-    "Qwen3-Next": (lay.qkvz, len(sum(qkvz(), [])), list(qkvz())),
+    "Qwen3-Next": (lay.qkvz, len(qkvz()[0] + qkvz()[1]), list(qkvz())),
     "values": (lay.value_heads, 6 * VALUE, [dealt(VALUE)]),
     "values below keys": (lay.value_heads_after_keys, 16 + 6 * VALUE, [dealt(VALUE, 16)]),
     "values, one row each": (lay.value_heads, 6, [dealt(1)]),

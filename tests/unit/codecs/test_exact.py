@@ -57,11 +57,14 @@ def test_quotients_and_roots_are_correctly_rounded() -> None:
 def test_replacing_where_a_mask_is_set() -> None:
     mask = torch.tensor([True, False, True])
     for view in (as_column, lambda tensor: tensor):
-        target = torch.zeros(2, 3)
-        replace(view(target), view(mask), view(torch.arange(6.0).view(2, 3) + 1))
-        assert target.tolist() == [[1, 0, 3], [4, 0, 6]]
+        target = torch.zeros(3)
+        replace(view(target), view(mask), view(torch.arange(3.0) + 1))
+        assert target.tolist() == [1, 0, 3]
         replace(view(target), view(mask), 9.0)
-        assert target.tolist() == [[9, 0, 9], [9, 0, 9]]
+        assert target.tolist() == [9, 0, 9]
+        index = torch.zeros(3, dtype=torch.int8)
+        replace(view(index), view(mask), 7)
+        assert index.tolist() == [7, 0, 7]
 
 
 def test_borrowed_memory_is_one_thread_s_own() -> None:

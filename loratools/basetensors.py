@@ -1,0 +1,201 @@
+"""The tensors of a base: as they lie in its files, and the weights that several of them make up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.errors import CorruptFileError, UnsupportedError
+from loratools.tensorfiles.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.codecs.packed import PackedWeight
+    from loratools.codecs.scheme_records import Packing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseTensor:
+    """One tensor of a base and where its values are.
+
+    Attributes:
+        name: as the checkpoint calls it.
+        dtype: safetensors' word (``BF16``), or ggml's name of a type (``Q4_K``).
+        shape: as stored.
+        file: the shard that holds it.
+        start: absolute byte offset of its contiguous values in ``file``, or ``None`` when they
+            are in ``values`` or ``packed``.
+        values: the (memory-mapped) tensor, for containers without byte ranges.
+        packed: the stored tensors that the weight is made of; ``dtype`` is then the float type it
+            stands for, and ``shape`` that of the float weight.
+        rows: reads the rows from one number up to another, (n, columns) of ``dtype``, of values
+            that are put together from several tensors.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int | None = None
+    values: Tensor | None = None
+    packed: StoredParts | None = None
+    rows: Callable[[int, int], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredParts:
+    """The stored tensors of one quantised weight.
+
+    Attributes:
+        scheme: as reports call it.
+        tensors: part → the stored tensor.
+        build: makes the weight of its parts' values.
+        companions: stored tensors that only matter beside the parts (scales of activations).
+        turned: whether the float weight's last two axes are those of the stored codes turned over
+            (gpt-oss stores experts as (out, in) and computes with (in, out)).
+    """
+
+    scheme: str
+    tensors: Mapping[str, BaseTensor]
+    build: Callable[[Mapping[str, Tensor]], PackedWeight]
+    companions: tuple[BaseTensor, ...] = ()
+    turned: bool = False
+
+    def open(self) -> PackedWeight:
+        """Return the weight; its parts are mapped into memory, pages are read when touched."""
+        return self.build({part: read_stored(tensor) for part, tensor in self.tensors.items()})
+
+
+def elements(shape: Sequence[int]) -> int:
+    """Return the number of elements of a shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def as_stored(tensor: BaseTensor) -> BaseTensor:
+    """Return a packed weight with its axes in the order of the stored codes."""
+    if tensor.packed is None or not tensor.packed.turned:
+        return tensor
+    *leading, one, other = tensor.shape
+    straight = replace(tensor.packed, turned=False)
+    return replace(tensor, shape=(*leading, other, one), packed=straight)
+
+
+def read_stored(tensor: BaseTensor) -> Tensor:
+    """Return one stored tensor's values, mapped into memory.
+
+    Raises CorruptFileError if the file ends before it.
+    """
+    import torch
+
+    from loratools.tensorfiles.dtypes import torch_dtype
+
+    if tensor.values is not None:
+        return tensor.values
+    assert tensor.start is not None
+    dtype = torch_dtype(tensor.dtype)
+    stop = tensor.start + elements(tensor.shape) * DTYPES[tensor.dtype] // 8
+    size = tensor.file.stat().st_size
+    if size < stop:
+        raise CorruptFileError(
+            f"{tensor.file}: ends inside {tensor.name}", hint="was it changed meanwhile?"
+        )
+    if stop == tensor.start:
+        return torch.empty(tensor.shape, dtype=dtype)
+    mapped = torch.from_file(str(tensor.file), shared=False, size=size, dtype=torch.uint8)
+    storage = mapped.untyped_storage()[tensor.start : stop]
+    if tensor.start % dtype.itemsize:
+        storage = storage.clone()
+    return torch.empty(0, dtype=dtype).set_(storage).view(tensor.shape)
+
+
+# ── finding them ─────────────────────────────────────────────────────────────────────────────
+
+_CONFIGS = ("quantization_config", "compression_config", "quantization")
+# What some schemes keep beside a weight for the activations, or as a mark.
+_COMPANIONS = (
+    ".input_scale", ".scale_input", ".input_global_scale", ".activation_scale", ".comfy_quant",
+)  # fmt: skip
+_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
+
+
+def quantisation_words(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return what ``config.json`` says of quantisation; empty if it says nothing."""
+    config = config or {}
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, Mapping) else {}):
+        for name in _CONFIGS:
+            if isinstance(section.get(name), Mapping) and section[name]:
+                found: Mapping[str, Any] = section[name]
+                return found
+    return {}
+
+
+def float_word(config: Mapping[str, Any] | None) -> str | None:
+    """Return the safetensors word of the float type that a config names, if it does."""
+    config = config or {}
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, Mapping) else {}):
+        for name in ("dtype", "torch_dtype"):
+            if str(section.get(name)) in _WORDS:
+                return _WORDS[str(section[name])]
+    return None
+
+
+def find_weights(
+    stored: Sequence[BaseTensor], config: Mapping[str, Any] | None
+) -> tuple[BaseTensor, ...]:
+    """Return the packed weights among a checkpoint's stored tensors.
+
+    Raises:
+        CorruptFileError: a part is missing, or shapes disagree.
+        UnsupportedError: a scheme that cannot be read, with the reason.
+    """
+    from loratools.codecs.schemes import find_packed
+
+    by_name = {tensor.name: tensor for tensor in stored}
+    words = quantisation_words(config)
+    packings = find_packed(by_name, words, lambda name: read_stored(by_name[name]))
+    named = float_word(config)
+    found = tuple(_weight(packing, by_name, named) for packing in packings)
+    _refuse_strange(stored, found, words)
+    return found
+
+
+def _weight(
+    packing: Packing, stored: Mapping[str, BaseTensor], named: str | None
+) -> BaseTensor:
+    parts = {part: stored[name] for part, name in packing.names.items()}
+    module = packing.weight.removesuffix(".weight")
+    beside = tuple(stored[module + end] for end in _COMPANIONS if module + end in stored)
+    shape = tuple(packing.shape)
+    # gpt-oss: transformers' parameter is the stored matrix turned over.
+    turned = packing.scheme == "mxfp4" and len(shape) == 3
+    if turned:
+        shape = (shape[0], shape[2], shape[1])
+    own = StoredParts(packing.scheme, parts, packing.build, beside, turned)
+    dtype = named or packing.dtype or "BF16"
+    return BaseTensor(packing.weight, dtype, shape, next(iter(parts.values())).file, packed=own)
+
+
+def _refuse_strange(
+    stored: Sequence[BaseTensor], found: Sequence[BaseTensor], words: Mapping[str, Any]
+) -> None:
+    """Refuse weights of few bits that are in no known scheme, where the config says quantised."""
+    if not words:
+        return
+    taken = {part.name for weight in found if weight.packed for part in weight.packed.tensors.values()}
+    for tensor in stored:
+        narrow = DTYPES.get(tensor.dtype, 16) <= 8 and len(tensor.shape) > 1
+        if narrow and tensor.name.endswith(".weight") and tensor.name not in taken:
+            method = words.get("quant_method") or words.get("format") or "unknown"
+            raise UnsupportedError(
+                f"{tensor.name}: {tensor.dtype} {tensor.shape} is in no scheme that loratools "
+                f"knows (the config says {method!r})",
+                hint="merge into the 16-bit original of this base",
+            )

@@ -1,0 +1,83 @@
+"""``hf://[models/]ID[@REVISION][/PATH]``: the name of a repository, or of something inside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from loratools.errors import HubError
+
+SCHEME = "hf://"
+GRAMMAR = "hf://ID[@REVISION][/PATH], where ID is OWNER/NAME"
+
+_SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\][^/\\]+(?P<path>.*)", re.DOTALL)
+"""The place of a repository's files in the cache of the Hub's library."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model repository on the Hub, or a file or folder in it.
+
+    Attributes:
+        text: as the user gave it.
+        repo: ``OWNER/NAME``.
+        revision: a branch, tag or commit; ``None`` is the main branch.
+        path: inside the repository, ``""`` for all of it.
+    """
+
+    text: str
+    repo: str
+    revision: str | None = None
+    path: str = ""
+
+    def inside(self, path: str) -> str:
+        """Return the reference to another path of the same repository and revision."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{SCHEME}{self.repo}{revision}" + (f"/{path}" if path else "")
+
+
+def is_reference(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is meant to be on the Hub."""
+    return isinstance(path, str) and path.startswith(SCHEME)
+
+
+def parse_reference(text: str) -> Reference:
+    """Take a reference apart, by the grammar of the Hub's own library.
+
+    Raises:
+        HubError: not of the grammar, or something other than a model repository.
+    """
+    from huggingface_hub.errors import HfUriError
+    from huggingface_hub.utils import parse_hf_uri
+
+    try:
+        found = parse_hf_uri(text)
+    except HfUriError as error:
+        raise HubError(f"{text}: {error.msg.strip()}", f"write {GRAMMAR}") from error
+    if found.type != "model":
+        raise HubError(f"{text}: a {found.type}, not a model repository", f"write {GRAMMAR}")
+    parts = found.path_in_repo.strip("/")
+    if ".." in PurePosixPath(parts).parts:
+        raise HubError(f"{text}: a path inside a repository has no ..", f"write {GRAMMAR}")
+    return Reference(text, found.id, found.revision, parts)
+
+
+def parse_repository(text: str) -> Reference:
+    """Take ``OWNER/NAME`` or a reference, with or without ``hf://``; raises HubError."""
+    return parse_reference(text if is_reference(text) else SCHEME + text)
+
+
+def repository_of(path: str | os.PathLike[str]) -> str | None:
+    """Return ``OWNER/NAME`` for a path inside the Hub's cache, or ``None`` for any other."""
+    match = _SNAPSHOT.search(str(path))
+    return match["id"].replace("--", "/", 1) if match else None
+
+
+def plain_name(path: str | os.PathLike[str]) -> str:
+    """Return the last word of a path; a whole repository in the cache has the repository's."""
+    match = _SNAPSHOT.search(str(path))
+    if match and not match["path"].strip("/\\"):
+        return match["id"].rpartition("--")[2]
+    return Path(path).name
