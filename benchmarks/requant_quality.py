@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CONTEXT, BATCH = 192, 16
+CONTEXT, BATCH = 128, 16
 RANK = 8
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
 RATES = (1e-4, 5e-4, 2e-3)
@@ -74,6 +74,7 @@ class Corpus:
 
     @staticmethod
     def of(text: bytes) -> Corpus:
+        """Split a text: nine tenths for training."""
         every = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         cut = len(every) * 9 // 10
         return Corpus(every[:cut], every[cut:])
@@ -95,11 +96,12 @@ class Corpus:
 
 
 def new_model(seed: int) -> Any:
+    """Return an untrained byte-level Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -154,9 +156,8 @@ class Quantised:
 def quantise(weight: Tensor, scheme: str) -> Quantised:
     """Quantise a float32 matrix as the scheme's own tool does."""
     if scheme == "q4_k":
-        from loratools.codecs.ggml_grids import frozen_rows
-
         from loratools.codecs.ggml import GGML_TYPES
+        from loratools.codecs.ggml_grids import frozen_rows
 
         raw = GGML_TYPES["Q4_K"].codec.encode(weight)
         codes, grid = frozen_rows("Q4_K", raw)
@@ -186,10 +187,14 @@ Way = Callable[[Layer, str], Tensor]
 
 
 def ways() -> dict[str, Way]:
+    """Return every way of merging that is compared."""
     from loratools.codecs.rounding import nearest_codes, shaped_codes
 
     def on_grid(layer: Layer, codes: Tensor) -> Tensor:
         return layer.quantised.grid.values(codes)
+
+    def in_16_bits(layer: Layer, scheme: str) -> Tensor:
+        return (layer.quantised.values + layer.change).bfloat16().float()
 
     def nearest(layer: Layer, scheme: str) -> Tensor:
         target = layer.quantised.values + layer.change
@@ -232,6 +237,7 @@ def ways() -> dict[str, Way]:
 
 
 def retained(found: Tensor, layer: Layer) -> tuple[float, float]:
+    """Return ⟨Δ', Δ⟩ and ‖Δ‖² of a layer."""
     made = found - layer.quantised.values
     return float((made * layer.change).sum()), float(layer.change.square().sum())
 
@@ -248,6 +254,7 @@ class Steps:
 
 
 def study(work: Path, steps: Steps, schemes: tuple[str, ...], seeds: int) -> list[dict[str, Any]]:
+    """Train, quantise, adapt, merge, and return a row for every result."""
     docs, sources = Corpus.of(documentation()), Corpus.of(c_sources())
     held = {"documentation": docs.windows(256), "C sources": sources.windows(256)}
     rows: list[dict[str, Any]] = []
@@ -263,6 +270,7 @@ def study(work: Path, steps: Steps, schemes: tuple[str, ...], seeds: int) -> lis
 
 
 def trained_base(work: Path, corpus: Corpus, steps: int, seed: int) -> Any:
+    """Return the model trained on documentation, from its file if it is there."""
     file = work / f"base-{seed}-{steps}.pt"
     model = new_model(seed)
     if file.exists():
@@ -285,6 +293,7 @@ def one_adapter(
     steps: int,
     plain: Mapping[str, float],
 ) -> list[dict[str, Any]]:
+    """Adapt one quantised model and evaluate every way of merging."""
     from peft import LoraConfig, get_peft_model
 
     originals = {name: m.weight.detach().clone() for name, m in linears(base).items()}
@@ -358,12 +367,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for the trained bases")
-    parser.add_argument("--base-steps", type=int, default=1200)
-    parser.add_argument("--adapter-steps", type=int, default=120)
+    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--adapter-steps", type=int, default=100)
     parser.add_argument("--schemes", default=",".join(SCHEMES))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     schemes = tuple(given.schemes.split(","))

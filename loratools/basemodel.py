@@ -211,7 +211,9 @@ def open_pipeline(path: Path) -> Pipeline:
 
     Raises: as ``open_base`` for each of them.
     """
-    components = {name: open_base(path / name) for name in PIPELINE_NETWORKS if (path / name).is_dir()}
+    components = {
+        name: open_base(path / name) for name in PIPELINE_NETWORKS if (path / name).is_dir()
+    }
     if not components:
         raise MissingFileError(
             f"{path}: a pipeline without any of {', '.join(PIPELINE_NETWORKS)}",

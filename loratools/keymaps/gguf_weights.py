@@ -80,7 +80,7 @@ def gather_weights(
         UnsupportedError: a layout that no gathering of rows expresses.
     """
     vectors = all(len(shape) == 1 for shape in shapes)
-    ops = ops_of(step, base, block)
+    ops = ops_of(step, base, block, shapes[0][0] if undo and step.stacks else 0)
     ops = tuple(op for op in ops if not isinstance(op, (Columns, Turn))) if vectors else ops
     ends: tuple[Op, ...] = (Turn(),) if turned and not vectors else ()
     parts: Parts = [_numbered(shape, place) for place, shape in enumerate(shapes)]
@@ -88,11 +88,6 @@ def gather_weights(
         parts = op.undo(parts) if undo else op.do(parts)
     found = [_read(part) for part in parts]
     return [_as_vector(one) for one in found] if vectors else found
-
-
-def shape_on_other_side(gather: Gather) -> Shape:
-    """Return the shape of what is gathered."""
-    return gather.shape
 
 
 def _numbered(shape: Shape, place: int) -> LoRA | ExpertLoRA:
@@ -120,11 +115,14 @@ def _read(part: LoRA | ExpertLoRA | None) -> Gather:
     turned = not bool(up[..., _ONE].any())
     own, other = (down, up) if turned else (up, down)
     number, one, place = (own[..., slot] for slot in (_ROW, _ONE, _PART))
+    if not bool(one.all()):
+        raise MatchError("a part of it is not there")
     column = (other[..., _COLUMN] / other[..., _ALSO]).round().long() - 1
     row = (number / one).round().long() - 1
     source = (place / one).round().long() - 1
-    factor = part.scale * (other[:, :1, _ALSO] * one[:, :1] if turned else one * other[:, :1, _ALSO])
-    _check_even(one if turned else other[..., _ALSO])
+    along, across = (other[..., _ALSO], one) if turned else (one, other[..., _ALSO])
+    _check_even(across)
+    factor = part.scale * along * across[:, :1]
     shape = part.weight_shape
     if turned:
         return Gather(shape, *_turned(source, column, row), _unless_one(factor), turned=True)
@@ -155,9 +153,3 @@ def _unless_one(factor: Tensor) -> Tensor | None:
 def _as_vector(gather: Gather) -> Gather:
     return Gather(gather.shape[:-1], gather.part, gather.row, None, gather.factor)
 
-
-def check_sources(gathered: Sequence[Gather], names: Sequence[str]) -> None:
-    """Raise MatchError if a tensor of zeros would come out: a source is missing."""
-    for one, name in zip(gathered, names, strict=True):
-        if bool((one.part < 0).any()):
-            raise MatchError(f"{name}: a part of it is not there")

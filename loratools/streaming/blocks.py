@@ -19,7 +19,14 @@ from loratools.codecs.ggml_grids import GGML_GRIDS
 from loratools.deltas import RowFold
 from loratools.deltas.corner import take_corner
 from loratools.errors import CorruptFileError, InputError, LoratoolsError, NonFiniteError
-from loratools.streaming.stored import block_elements, storage_of, stored_bytes
+from loratools.streaming.packed_source import PackedSource
+from loratools.streaming.stored import (
+    block_elements,
+    source_storage,
+    stored_bytes,
+    target_storage,
+)
+from loratools.streaming.subspaces import Losses, Rounding, Subspaces
 from loratools.tensorfiles.copying import read_at
 
 # Blocks of 2**19 elements (2 MiB in float32) stay in the caches: measured 3 to 5 times faster
@@ -397,6 +404,8 @@ def _leading(work: TensorWork) -> int:
     """Return how many dimensions count as rows where no fold says it: as many as make whole blocks."""
     if work.shape != work.source.shape:
         return 1
+    if work.is_packed:
+        return max(len(work.shape) - 1, 1)
     unit = max(block_elements(word) for word in (work.dtype, work.source.dtype))
     if unit == 1:
         return max(len(work.shape) - 1, 1)
