@@ -143,15 +143,15 @@ def table(runs: list[Measurement], copies: list[Measurement], facts: dict[str, o
     peak = max(run.peak_anonymous or 0 for run in runs) / 1e6
     copied = statistics.median(run.seconds for run in copies)
     touched = int(str(facts["parameters_touched"]))
+    what = f"loratools merge, {touched / 1e9:.2f}e9 weights coded again"
+    speed = f"{touched * 4 / 1e6 / seconds:.0f} MB of float32 weights a second"
     lines = [
         "| what | seconds | peak anonymous memory | limit |",
         "| --- | --- | --- | --- |",
-        f"| loratools merge, {touched / 1e9:.2f}e9 weights coded again | {seconds:.1f} "
-        f"| {peak:.0f} MB | {SECONDS:.0f} s, {MEGABYTES:.0f} MB |",
+        f"| {what} | {seconds:.1f} | {peak:.0f} MB | {SECONDS:.0f} s, {MEGABYTES:.0f} MB |",
         f"| cp and sync | {copied:.1f} | | |",
         "",
-        f"{touched * 4 / 1e6 / seconds:.0f} MB of float32 weights a second; "
-        f"retained: {facts['retained']:.3f} of the change.",
+        f"{speed}; retained: {facts['retained']:.3f} of the change.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -167,7 +167,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
-        base, adapter = work / f"base-{geometry.name}-q4_k_m.gguf", work / f"adapter-{geometry.name}"
+        base = work / f"base-{geometry.name}-q4_k_m.gguf"
+        adapter = work / f"adapter-{geometry.name}"
         if not base.exists():
             print(f"writing {base} ...", file=sys.stderr)
             write_base(base, geometry)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from loratools.errors import LoratoolsError
     from loratools.extract import extract_adapter
     from loratools.merge import merge_into_base, unmerge_from_base
+    from loratools.pull import pull_from_hub
+    from loratools.push import push_to_hub
     from loratools.rebase import rebase_adapter
     from loratools.report import Report
     from loratools.summary import summarize, summarize_files
@@ -34,6 +36,8 @@ _HOMES = {
     "extract_adapter": "loratools.extract",
     "load_adapter": "loratools.adapter_io",
     "merge_into_base": "loratools.merge",
+    "pull_from_hub": "loratools.pull",
+    "push_to_hub": "loratools.push",
     "rebase_adapter": "loratools.rebase",
     "resize_adapter": "loratools.svd_resize",
     "save_adapter": "loratools.adapter_io",
@@ -52,6 +56,8 @@ __all__ = [
     "extract_adapter",
     "load_adapter",
     "merge_into_base",
+    "pull_from_hub",
+    "push_to_hub",
     "rebase_adapter",
     "resize_adapter",
     "save_adapter",

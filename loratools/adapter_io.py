@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,8 +14,10 @@ from loratools.errors import CorruptFileError, InputError, MissingFileError
 from loratools.formats import detect_format, get_format
 from loratools.formats.activated import refuse_activated
 from loratools.formats.format import Bundle, Format, Listing
-from loratools.formats.gguf_file import is_gguf, load_gguf, save_bundle
+from loratools.formats.gguf_file import is_gguf, load_gguf, rounded_to, save_bundle
 from loratools.formats.kohya_metadata import with_hashes
+from loratools.held import held_bundle, hold, is_held
+from loratools.hub.taking import takes_references
 from loratools.tensorfiles.atomic import staged_output
 from loratools.tensorfiles.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_SUFFIXES
 from loratools.tensorfiles.safetensors import load_tensors, save_tensors
@@ -34,6 +37,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     return open_adapter(path)[1]
 
 
+@takes_references(path="adapter")
 def open_adapter(
     path: str | os.PathLike[str], *, activated: bool = False
 ) -> tuple[Format, Adapter]:
@@ -41,8 +45,7 @@ def open_adapter(
 
     ``activated``: take an adapter that acts only after certain tokens too (aLoRA).
     """
-    weights = find_weights(Path(path))
-    bundle = load_bundle(weights, source=str(path))
+    bundle = held_bundle(path) or load_bundle(find_weights(Path(path)), source=str(path))
     listing = Listing(
         {name: tuple(tensor.shape) for name, tensor in bundle.tensors.items()},
         bundle.metadata,
@@ -76,6 +79,9 @@ def save_adapter(
     """
     chosen = get_format(format)
     bundle = chosen.write(adapter)
+    if is_held(path):
+        hold(path, _as_read(bundle, storage))
+        return
     target = Path(path)
     alone = target.suffix == ".safetensors" and not bundle.sidecars
     inside = None if alone else chosen.weights_file
@@ -89,9 +95,18 @@ def save_adapter(
             (weights.parent / name).write_text(text, encoding="utf-8")
 
 
+def _as_read(bundle: Bundle, storage: str | None) -> Bundle:
+    """Return what reading the file would give: hashes of the tensors, values as they are stored."""
+    stored = rounded_to(bundle, storage)
+    return replace(stored, metadata=with_hashes(stored.metadata, stored.tensors))
+
+
 def find_weights(path: Path) -> Path:
-    """Return the weights file that ``path`` means; raises MissingFileError, InputError."""
-    if path.is_file():
+    """Return the weights file that ``path`` means; raises MissingFileError, InputError.
+
+    The name of a value in memory is returned as it is.
+    """
+    if is_held(path) or path.is_file():
         return path
     if not path.is_dir():
         raise MissingFileError(

@@ -175,6 +175,21 @@ def open_base(path: str | os.PathLike[str]) -> BaseModel:
     return _with_packed(opened)
 
 
+def open_side_files(path: Path) -> BaseModel:
+    """Open a model folder for its config and tokenizer alone, whether or not it has weights.
+
+    Raises:
+        MissingFileError: no such folder, or none with a ``config.json``.
+        CorruptFileError: a config that is no JSON object.
+    """
+    if not (path / "config.json").is_file():
+        raise MissingFileError(
+            f"{path}: no folder with a config.json", hint="name a Hugging Face model's folder"
+        )
+    side, left = _side_files(path, set(), None)
+    return BaseModel(path, (), config=_read_config(path), side_files=side, left_out=left)
+
+
 def _with_packed(base: BaseModel) -> BaseModel:
     stored = [tensor for shard in base.shards for tensor in shard.tensors]
     return replace(base, packed=find_weights(stored, base.config))

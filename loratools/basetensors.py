@@ -136,6 +136,13 @@ def quantisation_words(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return {}
 
 
+def quantisation_fields(config: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a config that speak of quantisation, at the top or in its text part."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, Mapping) else {}
+    return [name for name in _CONFIGS if name in config or name in inner]
+
+
 def float_word(config: Mapping[str, Any] | None) -> str | None:
     """Return the safetensors word of the float type that a config names, if it does."""
     config = config or {}
@@ -167,9 +174,7 @@ def find_weights(
     return found
 
 
-def _weight(
-    packing: Packing, stored: Mapping[str, BaseTensor], named: str | None
-) -> BaseTensor:
+def _weight(packing: Packing, stored: Mapping[str, BaseTensor], named: str | None) -> BaseTensor:
     parts = {part: stored[name] for part, name in packing.names.items()}
     module = packing.weight.removesuffix(".weight")
     beside = tuple(stored[module + end] for end in _COMPANIONS if module + end in stored)
@@ -189,7 +194,9 @@ def _refuse_strange(
     """Refuse weights of few bits that are in no known scheme, where the config says quantised."""
     if not words:
         return
-    taken = {part.name for weight in found if weight.packed for part in weight.packed.tensors.values()}
+    taken = {
+        part.name for weight in found if weight.packed for part in weight.packed.tensors.values()
+    }
     for tensor in stored:
         narrow = DTYPES.get(tensor.dtype, 16) <= 8 and len(tensor.shape) > 1
         if narrow and tensor.name.endswith(".weight") and tensor.name not in taken:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loratools.adapter import Adapter, Extra
 from loratools.adapter_io import save_adapter
+from loratools.basemodel import open_base
 from loratools.composition.extras import combine_extras
 from loratools.composition.job import (
     Job,
@@ -22,13 +23,14 @@ from loratools.composition.job import (
 )
 from loratools.composition.layers import Outcome, combine_layer, padded_to
 from loratools.composition.matching import Column
-from loratools.composition.results import describe, result_notes
+from loratools.composition.results import check_results, describe, result_notes
 from loratools.composition.weights import parse_weights
 from loratools.compute import one_thread_kernels, resolve_compute
-from loratools.conversion import cast_adapter, convert_value
+from loratools.conversion import cast_adapter, convert_value, rounding_notes
 from loratools.deltas import LayerDelta, LoRA
 from loratools.formats.format import Format
 from loratools.formats.kohya_metadata import with_comment
+from loratools.hub.taking import takes_references
 from loratools.keymaps.gguf_base import GGUFBase, open_gguf_base
 from loratools.keymaps.gguf_naming import concerns_gguf
 from loratools.merge_methods import get_method
@@ -38,6 +40,7 @@ from loratools.report import Note, Report
 PathLike = str | os.PathLike[str]
 
 
+@takes_references(adapters="adapter", base="model")
 def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the command
     adapters: PathLike | Sequence[AdapterInput],
     output: PathLike,
@@ -94,6 +97,7 @@ def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the comm
     job = plan_job(names, loaded, shares, recipe, target, arch, language_base)
     check_output(target, output, names, overwrite=overwrite)
     outcomes = _combine_all(job)
+    check_results(outcomes)
     extras, notes = combine_extras(job.adapters, shares, base)
     made = _adapter(job, outcomes, extras)
     converted = convert_value(made, target, arch=arch, language_base=language_base)
@@ -101,6 +105,7 @@ def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the comm
     if not dry_run:
         save_adapter(final, output, format=target.name, overwrite=overwrite)
     notes += [Note(word) for word in (*made.notes, *converted.notes)]
+    notes += rounding_notes(converted.adapter, dtype)
     done = replace(job, notes=(*job.notes, *result_notes(job, outcomes, final), *notes))
     return describe(done, outcomes, final, target, None if dry_run else str(output))
 
@@ -108,8 +113,11 @@ def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the comm
 def _language_base(
     adapters: Sequence[Adapter], target: Format, base: PathLike | None
 ) -> GGUFBase | None:
-    """Return what the base tells of names in GGUF, if they matter."""
-    if base is None or not concerns_gguf(target.naming, *(a.naming for a in adapters)):
+    """Return what the base tells of names in GGUF, if they matter; raises InputError for no model."""
+    if base is None:
+        return None
+    if not concerns_gguf(target.naming, *(a.naming for a in adapters)):
+        open_base(base)
         return None
     return open_gguf_base(Path(base))
 

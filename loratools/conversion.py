@@ -18,6 +18,8 @@ from loratools.keymaps.gguf_naming import concerns_gguf, renamed_gguf
 from loratools.keymaps.networks import SECOND, join_second, split_second
 from loratools.keymaps.own_naming import respelled, respelled_bare
 from loratools.keymaps.translate import detect_architecture, translate
+from loratools.linalg.finite import is_finite, widened
+from loratools.report import Note
 from loratools.suggest import counted
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -176,6 +178,7 @@ def cast_adapter(adapter: Adapter, dtype: str) -> Adapter:
     Raises:
         OptionError: an unknown dtype.
         NonFiniteError: a value beyond the dtype.
+        UnsupportedError: a tensor of which the dtype leaves nothing but zeros.
     """
     if dtype == "keep":
         return adapter
@@ -186,11 +189,35 @@ def cast_adapter(adapter: Adapter, dtype: str) -> Adapter:
         if not tensor.is_floating_point():
             return tensor
         narrow = tensor.to(_DTYPES[dtype])
-        if not bool(torch.isfinite(narrow).all()) and bool(torch.isfinite(tensor).all()):
+        if not is_finite(narrow) and is_finite(tensor):
             raise NonFiniteError(
                 f"a value of {float(tensor.abs().max()):g} is beyond {dtype}",
+                hint="use --dtype bf16 or fp32",
+            )
+        if not bool(narrow.any()) and bool((wide := widened(tensor)).any()):
+            raise UnsupportedError(
+                f"values of at most {float(wide.abs().max()):g} are all 0 in {dtype}",
                 hint="use --dtype bf16 or fp32",
             )
         return narrow
 
     return adapter.map_tensors(cast)
+
+
+_STEPS = {"bf16": "0.2 %", "fp16": "0.03 %"}
+"""How far a change is from its factors rounded to nearest, typically."""
+
+
+def rounding_notes(adapter: Adapter, dtype: str) -> list[Note]:
+    """Return a note on what ``cast_adapter`` rounds away of factors wider than ``dtype``."""
+    widths = [
+        tensor.element_size()
+        for delta in adapter.layers.values()
+        for name, tensor in delta.tensors().items()
+        if name in ("up", "down")
+    ]
+    if dtype not in _STEPS or max(widths, default=0) <= _DTYPES[dtype].itemsize:
+        return []
+    return [
+        Note(f"factors rounded to {dtype}, which adds about {_STEPS[dtype]} of each layer's change")
+    ]

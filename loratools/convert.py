@@ -12,8 +12,9 @@ from loratools.adapter_io import find_weights, open_adapter, save_adapter
 from loratools.basemodel import BaseModel, open_base
 from loratools.conversion import Conversion, cast_adapter, convert_value
 from loratools.errors import MatchError, OptionError, UnknownArchitectureError
-from loratools.formats import get_format
+from loratools.formats import get_written_format
 from loratools.formats.format import Format
+from loratools.hub.taking import takes_references
 from loratools.keymaps.gguf_base import open_gguf_base
 from loratools.keymaps.gguf_naming import concerns_gguf, gguf_warnings
 from loratools.keymaps.networks import take_network
@@ -34,6 +35,7 @@ PathLike = str | os.PathLike[str]
 REPAIRS = ("split-qkv-alpha",)
 
 
+@takes_references(adapter="adapter", base="names")
 def convert_adapter(  # noqa: PLR0913 - one keyword for each option of the command
     adapter: PathLike,
     output: PathLike,
@@ -72,7 +74,7 @@ def convert_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
         OptionError: an unknown format, dtype, repair or network.
         OutputError: the destination is refused.
     """
-    target = get_format(to)
+    target = get_written_format(to)
     source, loaded = open_adapter(adapter, activated=True)
     check_finite(loaded, str(adapter))
     for_gguf = concerns_gguf(loaded.naming, target.naming)
@@ -95,7 +97,7 @@ def convert_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
     final = cast_adapter(done.adapter, "keep" if storage else dtype)
     inputs = [find_weights(Path(adapter))]
     if dry_run:
-        folder = target.weights_file is not None and not Path(output).suffix
+        folder = target.is_folder(output)
         check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=inputs)
     else:
         save_adapter(final, output, format=to, overwrite=overwrite, storage=storage)

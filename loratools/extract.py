@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from loratools.adapter import Adapter
 from loratools.adapter_io import save_adapter
 from loratools.basemodel import elements, is_pipeline, open_base, open_pipeline
 from loratools.compute import resolve_compute
-from loratools.conversion import cast_adapter
+from loratools.conversion import cast_adapter, rounding_notes
 from loratools.errors import MatchError, OptionError, UnsupportedError
 from loratools.extraction.assembly import assemble, without_lone_biases
 from loratools.extraction.changes import (
@@ -30,11 +31,13 @@ from loratools.extraction.changes import (
 )
 from loratools.extraction.factoring import Found, Wish, find_change
 from loratools.extraction.model_pair import ModelPair, Opened, pair_models
-from loratools.formats import get_format
+from loratools.formats import get_written_format
 from loratools.formats.format import Format
+from loratools.hub.taking import takes_references
 from loratools.report import Json, Note, Report
 from loratools.streaming.differences import Job, in_threads
 from loratools.streaming.rewriting import Progress
+from loratools.suggest import nearest
 from loratools.tensorfiles.destination import check_destination
 
 PathLike = str | os.PathLike[str]
@@ -48,6 +51,7 @@ _ROUNDING = 1e-4
 _SHOWN = 8
 
 
+@takes_references(base="model", tuned="model")
 def extract_adapter(  # noqa: PLR0913 - one keyword for each option of the command
     base: PathLike,
     tuned: PathLike,
@@ -104,13 +108,13 @@ def extract_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
     opened = [_open(Path(path)) for path in (base, tuned)]
     pair = pair_models(opened[0], opened[1])
     family = find_family(pair, arch)
-    target = get_format(to or family.format)
+    target = get_written_format(to or family.format)
     _check_target(family, target)
     changes = plan_changes(pair, family, target, full)
-    chosen = _chosen(changes, include, exclude)
+    chosen = _chosen(changes, include, exclude, full)
     _check_rank(chosen, wish)
     files = [file for one in opened for file in one.files]
-    folder = target.weights_file is not None and Path(output).suffix != ".safetensors"
+    folder = target.is_folder(output)
     check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=files)
     jobs = [Job(change, elements(change.pair.shape)) for change in chosen]
     every = sum(_nbytes(job.item) for job in jobs)
@@ -120,13 +124,14 @@ def extract_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
     if not found:
         raise _nothing_changed(opened, len(changes) - len(chosen))
     found = without_lone_biases(found, changes, family, target)
-    adapter = cast_adapter(assemble(found, changes, pair, family, target), dtype)
+    whole = assemble(found, changes, pair, family, target)
+    adapter = cast_adapter(whole, dtype)
     if not dry_run:
         save_adapter(adapter, output, format=target.name, overwrite=overwrite)
     written = None if dry_run else str(output)
     counts = {"tensors": len(changes), "unchanged": len(chosen) - len(found)}
     facts = {**_facts(adapter, target, found), **counts, "excluded": len(changes) - len(chosen)}
-    notes = [*_notes(adapter, pair, found), *_dtype_notes(dtype, found)]
+    notes = [*_notes(adapter, pair, found), *rounding_notes(whole, dtype)]
     items = tuple(_item(one) for one in found)
     return Report("extract", (str(base), str(tuned)), written, facts, items, tuple(notes), dry_run)
 
@@ -149,10 +154,6 @@ def _check_wish(wish: Wish) -> None:
 
 
 def _check_target(family: Family, target: Format) -> None:
-    if target.read_only:
-        raise OptionError(
-            f"{target.name} is only read", hint="`loratools formats` says what is written"
-        )
     if family.names == "transformers" and target.naming != "transformers":
         raise UnsupportedError(
             f"these models have no names in {target.title}",
@@ -161,7 +162,7 @@ def _check_target(family: Family, target: Format) -> None:
 
 
 def _chosen(
-    changes: Sequence[Change], include: Sequence[str], exclude: Sequence[str]
+    changes: Sequence[Change], include: Sequence[str], exclude: Sequence[str], full: Sequence[str]
 ) -> list[Change]:
     wanted, left = compiled(include), compiled(exclude)
     chosen = [
@@ -169,11 +170,27 @@ def _chosen(
         for change in changes
         if (not wanted or matches(wanted, change.module)) and not matches(left, change.module)
     ]
+    _check_patterns(changes, (("include", wanted), ("exclude", left), ("full", compiled(full))))
     if not chosen:
         raise OptionError(
             "no module is left to extract", hint="check the patterns of --include and --exclude"
         )
     return chosen
+
+
+def _check_patterns(
+    changes: Sequence[Change], said: Sequence[tuple[str, Sequence[re.Pattern[str]]]]
+) -> None:
+    """Raise OptionError for a pattern that is found in no module."""
+    names = list(dict.fromkeys(change.module for change in changes))
+    for option, patterns in said:
+        for pattern in patterns:
+            if not any(pattern.search(name) for name in names):
+                near = nearest(pattern.pattern, names) or names[:2]
+                raise OptionError(
+                    f"--{option} {pattern.pattern!r} is found in no module",
+                    hint=f"they are called like {', '.join(near)}",
+                )
 
 
 def _check_rank(chosen: Sequence[Change], wish: Wish) -> None:
@@ -316,10 +333,3 @@ def _expert_notes(found: Sequence[Found]) -> list[Note]:
             "experts in memory, where PEFT may not find them"
         )
     ]
-
-
-def _dtype_notes(dtype: str, found: Sequence[Found]) -> list[Note]:
-    if dtype not in ("bf16", "fp16") or all(one.rank is None for one in found):
-        return []
-    step = {"bf16": "0.2 %", "fp16": "0.03 %"}[dtype]
-    return [Note(f"factors rounded to {dtype}, which adds about {step} of each layer's change")]

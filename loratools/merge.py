@@ -14,6 +14,7 @@ from loratools.adapter_io import find_weights
 from loratools.basemodel import BaseModel, Pipeline, is_pipeline, open_base, open_pipeline
 from loratools.compute import Compute, resolve_compute
 from loratools.errors import MatchError
+from loratools.hub.taking import takes_references
 from loratools.planning.absent_layers import describe_absent, find_absent_layers
 from loratools.planning.block_shares import share_by_block
 from loratools.planning.compat import read_all_as_tool
@@ -28,7 +29,7 @@ from loratools.planning.merge_plan import (
 from loratools.planning.merge_report import MergeJob, merge_report, touched_tensors
 from loratools.planning.networks import plan_pipeline
 from loratools.planning.no_change import refuse_no_change, refuse_untrained
-from loratools.planning.quantising import KEEP
+from loratools.planning.packed_bases import NEAREST, shaping_strength
 from loratools.planning.unmerge_plan import (
     bound_notes,
     error_bounds,
@@ -43,6 +44,7 @@ from loratools.tensorfiles.atomic import require_space
 from loratools.tensorfiles.destination import check_destination
 
 
+@takes_references(base="model", adapters="adapter")
 def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the command
     base: PathLike,
     adapters: AdapterInput | Sequence[AdapterInput],
@@ -53,7 +55,9 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     arch: str | None = None,
     block_strengths: str | None = None,
     compat: str | None = None,
-    quant: str = KEEP,
+    quant: str | None = None,
+    rounding: str = NEAREST,
+    rounding_strength: float | None = None,
     residual_base: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -76,8 +80,13 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
             ``PATTERN=NUMBER`` pairs, separated by commas; they multiply the strengths.
         compat: fold as ``comfyui``, ``lycoris``, ``sd-scripts`` or ``a1111`` does where that is
             not the formula.
-        quant: type of touched tensors that are stored in blocks (GGUF): ``keep``,
-            ``dequantize`` (float16, or ``dtype``) or a type such as ``q8_0``.
+        quant: what becomes of a quantised base: ``keep`` codes touched tensors again in their own
+            type (the default for GGUF), ``dequantize`` writes plain numbers (the default for the
+            others: all of their weights; GGUF: touched tensors in float16, or ``dtype``); for
+            GGUF also a type such as ``q8_0``.
+        rounding: ``nearest``, or ``adapter-aware``: scales stay, and codes are chosen so that the
+            error avoids the inputs that the adapters act on.
+        rounding_strength: how much more an error there counts than one elsewhere.
         residual_base: the base already lacks what PiSSA, OLoRA ... took out of it.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -94,7 +103,15 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     compute = resolve_compute(device)
     opened = _open(root)
     loaded = load_adapters(adapters)
-    plan = partial(plan_merge, dtype=dtype, residual_base=residual_base, arch=arch, quant=quant)
+    shaping = shaping_strength(rounding, rounding_strength)
+    plan = partial(
+        plan_merge,
+        dtype=dtype,
+        residual_base=residual_base,
+        arch=arch,
+        quant=quant,
+        shaping=shaping,
+    )
     shares = read_all_as_tool(loaded, compat) if compat else loaded
     shares = share_by_block(shares, block_strengths, arch) if block_strengths else shares
     if isinstance(opened, Pipeline):
@@ -116,6 +133,7 @@ def _absent_notes(base: BaseModel | Pipeline, loaded: Sequence[LoadedAdapter]) -
             yield Note(describe_absent(one.path, absent), "warning")
 
 
+@takes_references(merged="model", adapters="adapter", base="model")
 def unmerge_from_base(
     merged: PathLike,
     adapters: AdapterInput | Sequence[AdapterInput],

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratools.basemodel import BaseModel, open_base
+from loratools.basemodel import BaseModel, open_base, open_side_files
 from loratools.codecs.ggml_mixes import Mix, choose_types
 from loratools.compute import resolve_compute
-from loratools.errors import InputError, OptionError, UnsupportedError
+from loratools.errors import OptionError, UnsupportedError
+from loratools.hub.taking import takes_references
 from loratools.planning.gguf_checkpoint import as_folder, from_checkpoint, to_checkpoint
 from loratools.planning.merge_plan import PathLike
 from loratools.planning.recoding import (
@@ -23,9 +23,15 @@ from loratools.planning.recoding import (
     type_words,
     writable_mix,
 )
+from loratools.planning.unpacking import plan_unpacking
 from loratools.report import Json, Note, Report
 from loratools.streaming.blocks import TensorWork
-from loratools.streaming.checkpoint import Checkpoint, check_suffix, write_checkpoints
+from loratools.streaming.checkpoint import (
+    REMOVED,
+    Checkpoint,
+    check_suffix,
+    write_checkpoints,
+)
 from loratools.streaming.layouts import FileWork
 from loratools.streaming.rewriting import Progress
 from loratools.tensorfiles.atomic import require_space
@@ -36,6 +42,9 @@ _CONVERT = (
     "llama.cpp's convert_hf_to_gguf.py makes a GGUF of a Hugging Face folder, tokenizer included; "
     "or give a GGUF of the same model with --template"
 )
+
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Words of ``config.json`` that plain numbers make wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,7 @@ class _Job:
     notes: Sequence[Note] = ()
 
 
+@takes_references(base="model", template="model")
 def quantize_base(
     base: PathLike,
     output: PathLike,
@@ -99,6 +109,7 @@ def quantize_base(
     return _write("quantize", base, job, output, device, overwrite, dry_run, progress)
 
 
+@takes_references(base="model", base_config="side")
 def dequantize_base(
     base: PathLike,
     output: PathLike,
@@ -110,10 +121,11 @@ def dequantize_base(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Write the GGUF model at ``base`` in plain numbers: as GGUF, or as a checkpoint.
+    """Write the quantised model at ``base`` in plain numbers: a GGUF one as GGUF or a checkpoint.
 
     Args:
-        base: a GGUF model, in one or several files.
+        base: a GGUF model, in one or several files, or a quantised checkpoint (bitsandbytes, GPTQ,
+            AWQ, FP8, MLX ...), which stays what it is, a folder or a .safetensors file.
         output: a .gguf file (a folder for a model in several files), a .safetensors file, or
             with ``base_config`` a folder.
         dtype: ``fp32``, ``fp16`` or ``bf16``. By default float16 for what was quantised; other
@@ -136,6 +148,9 @@ def dequantize_base(
     if dtype is not None and dtype not in FLOAT_MIXES:
         raise OptionError(f"unknown dtype {dtype!r}", hint=f"use {', '.join(FLOAT_MIXES)}")
     model = open_base(Path(base))
+    if model.packed:
+        job = _unpacked(model, dtype, base_config)
+        return _write("dequantize", base, job, output, device, overwrite, dry_run, progress)
     _refuse_no_gguf(model)
     if base_config is not None or Path(output).suffix == ".safetensors":
         config = None if base_config is None else open_side_files(Path(base_config))
@@ -155,10 +170,18 @@ def _recoded(model: BaseModel, mix: Mix) -> _Job:
     return _gguf_job(model, plan.checkpoint, plan.mix, plan.notes)
 
 
-def _gguf_job(
-    model: BaseModel, checkpoint: Checkpoint, mix: str, notes: Sequence[Note]
-) -> _Job:
+def _gguf_job(model: BaseModel, checkpoint: Checkpoint, mix: str, notes: Sequence[Note]) -> _Job:
     facts: dict[str, Json] = {"mix": mix, **size_facts(model, checkpoint)}
+    return _Job(checkpoint, model.path, model.files, facts, notes)
+
+
+def _unpacked(model: BaseModel, dtype: str | None, base_config: PathLike | None) -> _Job:
+    if base_config is not None:
+        raise OptionError(
+            f"{model.path} has a config of its own", hint="leave out --base-config"
+        )
+    checkpoint, word, notes = plan_unpacking(model, dtype)
+    facts: dict[str, Json] = {"dtype": word, **size_facts(model, checkpoint)}
     return _Job(checkpoint, model.path, model.files, facts, notes)
 
 
@@ -187,9 +210,7 @@ def _by_template(folder: BaseModel, template: BaseModel, mix: Mix) -> _Job:
     checkpoint = Checkpoint(template, files, {})
     facts: dict[str, Json] = {"mix": mix.name, **size_facts(folder, checkpoint)}
     told = Note(f"metadata and tokenizer are those of {template.path}")
-    return _Job(
-        checkpoint, template.path, (*folder.files, *template.files), facts, (told, *notes)
-    )
+    return _Job(checkpoint, template.path, (*folder.files, *template.files), facts, (told, *notes))
 
 
 def _kept(template: BaseModel, name: str) -> str:
@@ -198,9 +219,7 @@ def _kept(template: BaseModel, name: str) -> str:
     return tensor.dtype if tensor.dtype in DTYPES else "F32"
 
 
-def _as_checkpoint(
-    model: BaseModel, config: BaseModel | None, dtype: str, output: Path
-) -> _Job:
+def _as_checkpoint(model: BaseModel, config: BaseModel | None, dtype: str, output: Path) -> _Job:
     tensors, notes = to_checkpoint(model, config.path if config else None)
     word = FLOAT_MIXES[dtype]
     works = tuple(TensorWork(n, word, tensor.shape, tensor) for n, tensor in tensors.items())
@@ -222,7 +241,8 @@ def _as_checkpoint(
 def _config_edits(config: BaseModel, dtype: str) -> dict[str, Json]:
     """Return the words of ``config.json`` that no longer hold."""
     said = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
-    return {word: said for word in ("dtype", "torch_dtype") if config.config_word(word)}
+    edits = {word: said for word in ("dtype", "torch_dtype") if config.config_word(word)}
+    return {**edits, **{word: REMOVED for word in _QUANTISED if config.config_word(word)}}
 
 
 def _refuse_no_gguf(model: BaseModel) -> None:
@@ -233,7 +253,7 @@ def _refuse_no_gguf(model: BaseModel) -> None:
 # ── writing ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _write(  # noqa: PLR0913 - the operations' options, passed on
+def _write(
     operation: str,
     base: PathLike,
     job: _Job,

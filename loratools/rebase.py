@@ -20,12 +20,14 @@ from loratools.adapter import Adapter
 from loratools.adapter_io import find_weights, open_adapter, save_adapter
 from loratools.basemodel import BaseModel, elements, open_base
 from loratools.compute import resolve_compute
-from loratools.conversion import cast_adapter, convert_value
+from loratools.conversion import cast_adapter, convert_value, rounding_notes
 from loratools.deltas import AdditiveDelta, LayerDelta, LoRA
-from loratools.deltas.spectral import lora_from_svd
+from loratools.deltas.spectral import lora_from_svd, matrix_shape
 from loratools.errors import MatchError, NonFiniteError, OptionError, UnsupportedError
 from loratools.extraction.model_pair import refuse_quantised
-from loratools.formats import get_format
+from loratools.formats import get_written_format
+from loratools.formats.format import Format
+from loratools.hub.taking import takes_references
 from loratools.linalg.factored import factored_svd
 from loratools.linalg.gram import product_norm
 from loratools.linalg.randomized import Truncation, truncated_svd
@@ -71,6 +73,7 @@ class _Layer:
     added: int
 
 
+@takes_references(adapter="adapter", source="model", target="model")
 def rebase_adapter(  # noqa: PLR0913 - one keyword for each option of the command
     adapter: PathLike,
     output: PathLike | None,
@@ -118,12 +121,13 @@ def rebase_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
     _check(wish, output)
     compute = resolve_compute(device)
     found, loaded = open_adapter(adapter)
-    chosen = get_format(to) if to else found
+    chosen = get_written_format(to or found.name)
     bases = [open_base(path) for path in (source, target)]
     _check_shapes(*bases)
     plain = _with_factors(loaded)
+    _check_rank(plain, wish)
     rows = [locate_layers(loaded, list(plain), base, arch) for base in bases]
-    _check_output(output, chosen.weights_file, [adapter, *bases], overwrite)
+    _check_output(output, chosen, [adapter, *bases], overwrite)
     jobs = [Job(path, elements(plain[path].weight_shape)) for path in plain]
     every = 4 * sum(job.elements for job in jobs)
     done = (lambda job: progress(4 * job.elements, every)) if progress is not None else None
@@ -136,15 +140,17 @@ def rebase_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
         )
     changed = {one.path: one.delta for one in layers if one.added}
     result = replace(loaded, layers={**loaded.layers, **changed})
+    rounded: list[Note] = []
     if changed and output is not None:
         result = convert_value(result, chosen, arch=arch).adapter if to else result
+        rounded = rounding_notes(result, dtype)
         result = cast_adapter(result, dtype)
         if not dry_run:
             save_adapter(result, output, format=chosen.name, overwrite=overwrite)
     written = str(output) if changed and output is not None and not dry_run else None
     inputs = (str(adapter), str(source), str(target))
     facts, items = _facts(layers, result), tuple(_item(one) for one in layers)
-    notes = tuple(_notes(loaded, layers))
+    notes = (*_notes(loaded, layers), *rounded)
     return Report("rebase", inputs, written, facts, items, notes, dry_run or not rank)
 
 
@@ -153,12 +159,27 @@ def _check(wish: _Wish, output: PathLike | None) -> None:
         raise OptionError(f"--rank {wish.rank}: give 0 to measure only, or more")
     if wish.total_rank is not None and wish.total_rank < 1:
         raise OptionError(f"--total-rank {wish.total_rank}: the smallest rank is 1")
+    if wish.total_rank is not None and not wish.rank:
+        raise OptionError(
+            "--total-rank cuts what --rank adds, and --rank 0 adds nothing",
+            hint="`loratools resize` cuts an adapter by itself",
+        )
     if wish.rank and output is None:
         raise OptionError("no output is named", hint="give -o OUT, or --rank 0 to measure only")
     if not wish.rank and output is not None:
         raise OptionError(
             "with --rank 0 nothing is written", hint="leave -o out, or give the rank to carry"
         )
+
+
+def _check_rank(plain: Mapping[str, LoRA], wish: _Wish) -> None:
+    """Raise OptionError for a rank above the shape of every layer."""
+    most = max(min(matrix_shape(lora)) for lora in plain.values())
+    for word, rank in (("rank", wish.rank), ("total-rank", wish.total_rank or 0)):
+        if rank > most:
+            raise OptionError(
+                f"--{word} {rank} is above the shape of every layer", hint=f"give at most {most}"
+            )
 
 
 def _check_shapes(source: BaseModel, target: BaseModel) -> None:
@@ -207,17 +228,17 @@ def _with_factors(adapter: Adapter) -> dict[str, LoRA]:
 
 def _check_output(
     output: PathLike | None,
-    weights_file: str | None,
+    target: Format,
     given: Sequence[PathLike | BaseModel],
     overwrite: bool,
 ) -> None:
     """Refuse a destination before the work."""
     if output is None:
         return
-    folder = weights_file is not None and Path(output).suffix != ".safetensors"
     files: list[Path] = []
     for one in given:
         files += one.files if isinstance(one, BaseModel) else (find_weights(Path(one)),)
+    folder = target.is_folder(output)
     check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=files)
 
 
@@ -318,6 +339,12 @@ def _notes(adapter: Adapter, layers: Sequence[_Layer]) -> Iterator[Note]:
     if left:
         yield Note(
             f"{len(left)} layers without low-rank factors stay as they are: {min(left)} ...",
+            "warning",
+        )
+    if _root(one.lost for one in layers) > _root(one.apart for one in layers):
+        yield Note(
+            "the cut to --total-rank loses more than is carried: the adapter as it was is nearer "
+            "to what it did on its own base",
             "warning",
         )
     if adapter.extras:

@@ -15,6 +15,9 @@ from loratools.compute import Compute, resolve_compute
 from loratools.deltas.resizing import relative_error
 from loratools.errors import OptionError, UnsupportedError
 from loratools.formats.format import Format
+from loratools.held import held_bytes, is_held
+from loratools.hub.taking import takes_references
+from loratools.keymaps.detection import find_architecture
 from loratools.planning.base_rows import BaseRows, layer_norms, locate_layers
 from loratools.planning.merge_plan import check_finite
 from loratools.report import Json, Note, Report
@@ -64,6 +67,7 @@ class Resizing:
     notes: Sequence[Note]
 
 
+@takes_references(adapter="adapter", base="model")
 def resize_adapter(  # noqa: PLR0913 - one keyword for each option of the command
     adapter: PathLike,
     output: PathLike,
@@ -137,8 +141,10 @@ def resize_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
             f"{adapter}: {source.title} files are read, not written",
             hint="convert it first: `loratools convert` writes other formats",
         )
+    if arch is not None:
+        find_architecture(arch)
     weights = find_weights(Path(adapter))
-    folder = source.weights_file is not None and Path(output).suffix != ".safetensors"
+    folder = source.is_folder(output)
     check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=[weights])
     paths, _ = find_resizable(loaded)
     rows = locate_layers(loaded, paths, open_base(base), arch) if base is not None else None
@@ -226,6 +232,8 @@ def resize_value(
 
 
 def _tensor_bytes(weights: Path) -> int:
+    if is_held(weights):
+        return held_bytes(weights)
     if weights.suffix != ".safetensors":
         return weights.stat().st_size
     return sum(spec.nbytes for spec in read_header(weights).tensors.values())

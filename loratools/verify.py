@@ -12,6 +12,7 @@ import torch
 from loratools.adapter import Adapter
 from loratools.adapter_io import open_adapter
 from loratools.deltas import AdditiveDelta, LayerDelta, LoRA
+from loratools.hub.taking import takes_references
 from loratools.keymaps.gguf_base import open_gguf_base
 from loratools.keymaps.gguf_naming import concerns_gguf, in_transformers_naming
 from loratools.keymaps.translate import in_one_naming
@@ -21,6 +22,7 @@ from loratools.report import Json, Note, Report
 PathLike = str | os.PathLike[str]
 
 
+@takes_references(first="adapter", second="adapter", base="names")
 def compare_adapters(
     first: PathLike,
     second: PathLike,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.hub_server import HubServer
 
 # Before anything imports huggingface_hub, transformers or torch.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +26,17 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.register_profile("thorough", settings.get_profile("dev"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+@pytest.fixture
+def hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HubServer]:
+    """A Hub on the loopback interface, with this process's client pointed at it."""
+    from tests.hub_client import connected
+
+    with connected(monkeypatch, tmp_path_factory.mktemp("hub")) as server:
+        yield server
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

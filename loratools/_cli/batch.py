@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from loratools.errors import LoratoolsError, OptionError, OutputError
+from loratools.report import Report
 
 _ADAPTER_SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin", ".gguf")
 _ADAPTER_MARKS = (
@@ -42,6 +46,58 @@ def _adapters_inside(folder: Path) -> list[str]:
 
 def _holds(folder: Path, marks: Sequence[str]) -> bool:
     return any(next(folder.glob(mark), None) is not None for mark in marks)
+
+
+def run_each(
+    paths: Sequence[str],
+    output: str,
+    work: Callable[[str, str], Report],
+    *,
+    many: bool,
+    to: Callable[[str], str | None],
+    overwrite: bool = False,
+) -> list[Report]:
+    """Return the report of ``work`` on each path and its output.
+
+    Args:
+        paths: from ``split_inputs``, as ``many`` is.
+        output: the only result's, or the folder of several.
+        work: makes one result: path, output → report.
+        many: whether they are several by nature.
+        to: path → the name of its result's format, or None for a safetensors file.
+        overwrite: whether results may be replaced.
+
+    Raises:
+        OptionError: two results of one name.
+        OutputError: a result that exists, before the first is made.
+        LoratoolsError: what ``work`` raises, with the results that were written before.
+    """
+    pairs = [(path, output_for(path, output, many=many, to=to(path))) for path in paths]
+    if many:
+        _check_pairs(pairs, overwrite=overwrite)
+    reports: list[Report] = []
+    for path, target in pairs:
+        try:
+            reports.append(work(path, target))
+        except LoratoolsError as error:
+            written = [report.output for report in reports if report.output]
+            if written:
+                error.message += f"\n(written before: {', '.join(written)})"
+            raise
+    return reports
+
+
+def _check_pairs(pairs: Sequence[tuple[str, str]], *, overwrite: bool) -> None:
+    owners: dict[str, str] = {}
+    for path, target in pairs:
+        if target in owners:
+            raise OptionError(
+                f"{owners[target]} and {path} would both be written to {target}",
+                hint="rename one of them, or run the command for each",
+            )
+        if os.path.lexists(target) and not overwrite:
+            raise OutputError(f"{target}: already exists", "Pass --overwrite to replace it.")
+        owners[target] = path
 
 
 def output_for(path: str, output: str, *, many: bool, to: str | None = None) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from loratools._cli.options import (
+    ADAPTER_OUTPUT,
     ARCH,
     DRY_RUN,
     DTYPE,
-    OUTPUT,
+    FORMAT_NAME,
+    METHOD_NAME,
     OVERWRITE,
     PATH,
     Strengths,
@@ -30,9 +32,14 @@ from loratools._cli.startup import import_torch
     ),
 )
 @adapters_argument(required=True, word="WEIGHT")
-@OUTPUT
+@ADAPTER_OUTPUT
 @click.option(
-    "--method", default="linear", show_default=True, metavar="M", help="How; see `methods`."
+    "--method",
+    type=METHOD_NAME,
+    default="linear",
+    show_default=True,
+    metavar="M",
+    help="How; see `methods`.",
 )
 @click.option("--rank", type=int, metavar="N", help="Largest rank; without it the exact result.")
 @click.option(
@@ -48,7 +55,10 @@ from loratools._cli.startup import import_torch
     help="Other weights, one for each ADAPTER, where the pattern fits.",
 )
 @click.option(
-    "--to", metavar="FORMAT", help="Format of OUT; that of the first ADAPTER if not said."
+    "--to",
+    type=FORMAT_NAME,
+    metavar="FORMAT",
+    help="Format of OUT; that of the first ADAPTER if not said.",
 )
 @DTYPE
 @ARCH

@@ -6,11 +6,13 @@ from typing import Any
 
 import click
 
-from loratools._cli.batch import output_for, split_inputs
+from loratools._cli.batch import run_each, split_inputs
 from loratools._cli.options import (
+    ADAPTER,
+    ADAPTER_OUTPUT,
     ARCH,
     DRY_RUN,
-    OUTPUT,
+    FORMAT_NAME,
     OVERWRITE,
     PATH,
     examples,
@@ -27,9 +29,11 @@ from loratools._cli.startup import import_torch
         "loratools convert my-adapter -o my-adapter.gguf --to gguf --base llama-3-8b",
     ),
 )
-@click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
-@OUTPUT
-@click.option("--to", required=True, metavar="FORMAT", help="Target format; see `formats`.")
+@click.argument("adapters", nargs=-1, required=True, type=ADAPTER, metavar="ADAPTER...")
+@ADAPTER_OUTPUT
+@click.option(
+    "--to", required=True, type=FORMAT_NAME, metavar="FORMAT", help="Target format; see `formats`."
+)
 @click.option(
     "--base",
     type=PATH,
@@ -65,8 +69,12 @@ def command(adapters: tuple[str, ...], output: str, out: Output, **options: Any)
     from loratools.convert import convert_adapter
 
     paths, many = split_inputs(adapters)
-    reports = [
-        convert_adapter(path, output_for(path, output, many=many, to=options["to"]), **options)
-        for path in paths
-    ]
+    reports = run_each(
+        paths,
+        output,
+        lambda path, target: convert_adapter(path, target, **options),
+        many=many,
+        to=lambda _: options["to"],
+        overwrite=options["overwrite"],
+    )
     out.reports(reports, many=many)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratools._cli.options import OVERWRITE, PATH, examples, output_options
+from loratools._cli.options import OUT, OVERWRITE, examples, output_options
 from loratools._cli.output import Output
 from loratools._cli.startup import import_torch
 
@@ -13,7 +13,7 @@ from loratools._cli.startup import import_torch
     "demo", epilog=examples("loratools demo", "loratools demo -o demo-files --overwrite")
 )
 @click.option(
-    "-o", "--output", type=PATH, metavar="OUT", help="Keep the base, adapter and result here."
+    "-o", "--output", type=OUT, metavar="OUT", help="Keep the base, adapter and result here."
 )
 @OVERWRITE
 @output_options

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loratools._cli.options import ARCH, PATH, examples, output_options
+from loratools._cli.options import ADAPTER, ARCH, PATH, examples, output_options
 from loratools._cli.output import Output
 from loratools._cli.startup import import_torch
 
@@ -18,8 +18,8 @@ from loratools._cli.startup import import_torch
         "loratools diff my-adapter other-adapter -v --tolerance 1e-3",
     ),
 )
-@click.argument("first", type=PATH, metavar="A")
-@click.argument("second", type=PATH, metavar="B")
+@click.argument("first", type=ADAPTER, metavar="A")
+@click.argument("second", type=ADAPTER, metavar="B")
 @ARCH
 @click.option(
     "--base",

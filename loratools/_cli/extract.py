@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from loratools._cli.options import (
+    ADAPTER_OUTPUT,
     ARCH,
     DEVICE,
     DRY_RUN,
     DTYPE,
-    OUTPUT,
+    FORMAT_NAME,
     OVERWRITE,
     PATH,
     examples,
@@ -30,7 +31,7 @@ from loratools._cli.startup import import_torch
 )
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
-@OUTPUT
+@ADAPTER_OUTPUT
 @click.option(
     "--rank", type=int, metavar="N", help="Rank of each layer; the largest, with --energy."
 )
@@ -38,7 +39,12 @@ from loratools._cli.startup import import_torch
     "--energy", type=float, metavar="F", help="Share of each layer's change to keep, such as 0.9."
 )
 @click.option("--conv-rank", type=int, metavar="N", help="Rank of convolutions beyond 1x1.")
-@click.option("--to", metavar="FORMAT", help="Format to write; by default the model's own.")
+@click.option(
+    "--to",
+    type=FORMAT_NAME,
+    metavar="FORMAT",
+    help="Format to write; by default the model's own.",
+)
 @click.option("--exact", is_flag=True, help="Compute dense SVDs: slow, never needed for accuracy.")
 @click.option(
     "--include", multiple=True, metavar="REGEX", help="Only modules in which this is found."

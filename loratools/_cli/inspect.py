@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from loratools._cli.batch import split_inputs
-from loratools._cli.options import ARCH, PATH, examples, output_options
+from loratools._cli.options import ADAPTER, ARCH, OUT, PATH, examples, output_options
 from loratools._cli.output import Output
 from loratools._cli.startup import import_torch
 
@@ -19,7 +19,7 @@ from loratools._cli.startup import import_torch
         "loratools inspect style.safetensors --spectrum --plot style.html",
     ),
 )
-@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=ADAPTER, metavar="PATH...")
 @click.option("--base", type=PATH, metavar="BASE", help="The adapter's base, to state its share.")
 @click.option(
     "--spectrum",
@@ -34,7 +34,7 @@ from loratools._cli.startup import import_torch
 @ARCH
 @click.option(
     "--plot",
-    type=PATH,
+    type=OUT,
     metavar="FILE",
     help="Draw spectrum or alignment: FILE.png, .svg or .html.",
 )

@@ -51,10 +51,22 @@ COMPAT = ("comfyui", "lycoris", "sd-scripts", "a1111")
 )
 @click.option(
     "--quant",
-    default="keep",
-    show_default=True,
     metavar="TYPE",
-    help="Type of touched tensors of a GGUF base: keep, dequantize, q8_0, q6_k ...",
+    help="Quantised bases: keep, dequantize, or for GGUF q8_0, q6_k ... "
+    "[default: keep for GGUF, dequantize for others]",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "adapter-aware"]),
+    default="nearest",
+    show_default=True,
+    help="How codes of few bits are chosen.",
+)
+@click.option(
+    "--rounding-strength",
+    type=float,
+    metavar="NUMBER",
+    help="Weight of errors that the adapter sees, for adapter-aware rounding.",
 )
 @click.option(
     "--residual-base",

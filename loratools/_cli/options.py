@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from loratools._cli.output import Output
+from loratools.hub.client import BARS
+from loratools.hub.references import SCHEME
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -22,6 +25,14 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
     """``ADAPTER[:STRENGTH]``: a path or reference, with a number after the last colon."""
 
     name = "ADAPTER[:STRENGTH]"
+    role = "input"
+    is_adapter = True
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer files and folders."""
+        return [CompletionItem(incomplete, type="file")]
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -31,6 +42,7 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
             return value
         if not value:
             self.fail(EMPTY, param, ctx)
+        word = "weight" if param and "WEIGHT" in str(param.metavar) else "strength"
         head, colon, tail = str(value).rpartition(":")
         if not colon or Path(value).exists() or _is_drive(head):
             return str(value), 1.0
@@ -38,26 +50,45 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
             strength = float(tail)
         except ValueError:
             if Path(head).exists():
-                self.fail(f"strength {tail!r} after {head} is not a number", param, ctx)
+                self.fail(f"{word} {tail!r} after {head} is not a number", param, ctx)
             return str(value), 1.0
         if not math.isfinite(strength) or strength == 0:
             self.fail(
-                f"strength {tail} after {head}: give a finite number other than 0", param, ctx
+                f"{word} {tail} after {head}: give a finite number other than 0", param, ctx
             )
         if not head:
-            self.fail(f"{value!r} has a strength but no path", param, ctx)
+            self.fail(f"{value!r} has a {word} but no path", param, ctx)
         return head, strength
 
 
 def _is_drive(head: str) -> bool:
-    """Return whether what stands before the last colon is only a Windows drive letter."""
+    """Return whether what stands before the last colon is a Windows drive, or ``hf``."""
+    if f"{head}://" == SCHEME:
+        return True
     return os.name == "nt" and len(head) == 1 and head.isalpha()
 
 
 class PathParam(click.ParamType):  # type: ignore[type-arg]
-    """A path or reference; the empty one would mean the working directory."""
+    """A path or reference; the empty one would mean the working directory.
+
+    Recipes and completion go by what is said here.
+
+    Attributes:
+        role: ``input`` for what is read, ``output`` for what is written.
+        is_adapter: whether it is an adapter's, which a recipe may hand over in memory.
+    """
 
     name = "PATH"
+
+    def __init__(self, role: str = "input", *, adapter: bool = False) -> None:
+        self.role = role
+        self.is_adapter = adapter
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer files and folders."""
+        return [CompletionItem(incomplete, type="file")]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Refuse the empty path."""
@@ -66,12 +97,46 @@ class PathParam(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+class TableName(click.ParamType):  # type: ignore[type-arg]
+    """A name in a table, which the operation checks; completion offers the table's names."""
+
+    def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
+        self.name = name
+        self.names = names
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer the names that begin so."""
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
+
+
+def _formats() -> Iterable[str]:
+    from loratools.formats import FORMATS
+
+    return [row.name for row in FORMATS if row.writes]
+
+
+def _methods() -> Iterable[str]:
+    from loratools.merge_methods import METHODS
+
+    return [row.name for row in METHODS]
+
+
+def _architectures() -> Iterable[str]:
+    from loratools.keymaps.registry import ARCHITECTURES
+
+    return [architecture.id for architecture in ARCHITECTURES]
+
+
+FORMAT_NAME = TableName("FORMAT", _formats)
+METHOD_NAME = TableName("METHOD", _methods)
+ARCH_NAME = TableName("ARCH", _architectures)
+
 Strengths = tuple[tuple[str, float], ...]
 
 
-def adapters_argument(
-    *, required: bool, word: str = "STRENGTH"
-) -> Callable[[Command], Command]:
+def adapters_argument(*, required: bool, word: str = "STRENGTH") -> Callable[[Command], Command]:
     """Return the decorator for ``ADAPTER[:STRENGTH]...``."""
     return click.argument(
         "adapters",
@@ -87,7 +152,14 @@ def output_options(command: Command) -> Command:
 
     @wraps(command)
     def with_output(*args: Any, json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
-        return command(*args, out=Output(json, quiet, verbose), **kwargs)
+        # A recipe that runs the command listens in the caller's place.
+        listening = click.get_current_context().find_object(Output)
+        out = listening or Output(json, quiet, verbose)
+        bars = BARS.set(not (out.json or out.quiet))
+        try:
+            return command(*args, out=out, **kwargs)
+        finally:
+            BARS.reset(bars)
 
     flags = (
         click.option("--json", is_flag=True, help="Print one JSON document on stdout."),
@@ -102,8 +174,15 @@ def output_options(command: Command) -> Command:
 
 
 PATH = PathParam()
+ADAPTER = PathParam(adapter=True)
+OUT = PathParam("output")
+ADAPTER_OUT = PathParam("output", adapter=True)
 OUTPUT = click.option(
-    "-o", "--output", required=True, type=PATH, metavar="OUT",
+    "-o", "--output", required=True, type=OUT, metavar="OUT",
+    help="What to write: a folder, or a file.",
+)  # fmt: skip
+ADAPTER_OUTPUT = click.option(
+    "-o", "--output", required=True, type=ADAPTER_OUT, metavar="OUT",
     help="What to write: a folder, or a file.",
 )  # fmt: skip
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
@@ -114,7 +193,9 @@ DEVICE = click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE",
     help="Where to compute: cpu, cuda, cuda:N, mps or auto.",
 )  # fmt: skip
-ARCH = click.option("--arch", metavar="ARCH", help="The architecture, where the files do not tell.")
+ARCH = click.option(
+    "--arch", type=ARCH_NAME, metavar="ARCH", help="The architecture, where the files do not tell."
+)
 DTYPE = click.option(
     "--dtype", default="keep", show_default=True,
     type=click.Choice(["keep", "fp32", "bf16", "fp16"]), help="Float type of the output.",

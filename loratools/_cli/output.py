@@ -117,7 +117,7 @@ class Output:
                 for line in _lines(name, value):
                     click.echo(f"  {title:<20} {line}")
                     title = ""
-        if report.items and self.verbose:
+        if report.items and (self.verbose or report.operation in _ITEMS_ALWAYS):
             _table(rows_of(report))
 
     @contextmanager
@@ -131,9 +131,18 @@ class Output:
 
         columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(title, visible=False)
-            yield lambda count, total: bar.update(task, advance=count, total=total, visible=True)
+        bar = Progress(*columns, console=console, transient=True)
+        task = bar.add_task(title)
+
+        def advance(count: int, total: int) -> None:
+            # Not before: downloads that come first have bars of their own.
+            bar.start()
+            bar.update(task, advance=count, total=total)
+
+        try:
+            yield advance
+        finally:
+            bar.stop()
 
 
 def _styled(word: str, colour: str) -> str:
@@ -149,12 +158,21 @@ _DONE = {
     "unmerge": ("unmerged", "would unmerge"),
     "inspect": ("", ""),
     "convert": ("converted", "would convert"),
+    "quantize": ("quantised", "would quantise"),
+    "dequantize": ("dequantised", "would dequantise"),
     "compose": ("composed", "would compose"),
     "diff": ("compared", "compared"),
     "extract": ("extracted", "would extract"),
     "rebase": ("rebased", "would rebase"),
+    "run": ("ran", "would run"),
     "resize": ("resized", "would resize"),
+    "push": ("pushed", "would push"),
+    "pull": ("pulled", "would pull"),
 }
+
+
+_ITEMS_ALWAYS = frozenset({"run"})
+"""Operations whose items are the answer, beside their facts."""
 
 
 def _headline(report: Report) -> str:
@@ -251,15 +269,15 @@ def human_bytes(count: int) -> str:
 
 def _table(items: Sequence[Mapping[str, Json]]) -> None:
     names = [name for name in items[0] if any(item[name] is not None for item in items)]
-    rows = [[_cell(item[name]) for name in names] for item in items]
+    rows = [[_cell(name, item[name]) for name in names] for item in items]
     widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
     for row in [names, *rows]:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         click.echo("  " + line.rstrip())
 
 
-def _cell(value: Json) -> str:
+def _cell(name: str, value: Json) -> str:
     if isinstance(value, list):
         joint = ", " if any(isinstance(item, str) for item in value) else "x"
         return joint.join(str(item) for item in value)
-    return "-" if value is None else _value("", value)
+    return "-" if value is None else _value(name if name.startswith("bytes_") else "", value)

@@ -7,10 +7,13 @@ from typing import Any
 import click
 
 from loratools._cli.options import (
+    ADAPTER,
+    ADAPTER_OUT,
     ARCH,
     DEVICE,
     DRY_RUN,
     DTYPE,
+    FORMAT_NAME,
     OVERWRITE,
     PATH,
     examples,
@@ -27,7 +30,7 @@ from loratools._cli.startup import import_torch
         "loratools rebase my-adapter --from base --onto my-finetune --rank 0",
     ),
 )
-@click.argument("adapter", type=PATH)
+@click.argument("adapter", type=ADAPTER)
 @click.option(
     "--from", "source", required=True, type=PATH, metavar="BASE", help="The base it was made for."
 )
@@ -38,9 +41,20 @@ from loratools._cli.startup import import_torch
     "--rank", required=True, type=int, metavar="K",
     help="Rank of what is added to each layer; 0 only measures.",
 )  # fmt: skip
-@click.option("-o", "--output", type=PATH, metavar="OUT", help="What to write; not with --rank 0.")
+@click.option(
+    "-o",
+    "--output",
+    type=ADAPTER_OUT,
+    metavar="OUT",
+    help="What to write; not with --rank 0.",
+)
 @click.option("--total-rank", type=int, metavar="N", help="Cut each layer's sum to this rank.")
-@click.option("--to", metavar="FORMAT", help="Format to write; by default the adapter's.")
+@click.option(
+    "--to",
+    type=FORMAT_NAME,
+    metavar="FORMAT",
+    help="Format to write; by default the adapter's.",
+)
 @click.option("--exact", is_flag=True, help="Compute dense SVDs: slow, never needed for accuracy.")
 @DTYPE
 @DEVICE

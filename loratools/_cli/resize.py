@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 
-from loratools._cli.batch import output_for, split_inputs
+from loratools._cli.batch import run_each, split_inputs
 from loratools._cli.options import (
+    ADAPTER,
+    ADAPTER_OUTPUT,
     ARCH,
     DEVICE,
     DRY_RUN,
     DTYPE,
-    OUTPUT,
     OVERWRITE,
     PATH,
     examples,
@@ -29,8 +30,8 @@ from loratools._cli.startup import import_torch
         "loratools resize loras/*.safetensors -o small --max-size 32MiB --dry-run",
     ),
 )
-@click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
-@OUTPUT
+@click.argument("adapters", nargs=-1, required=True, type=ADAPTER, metavar="ADAPTER...")
+@ADAPTER_OUTPUT
 @click.option("--rank", type=int, metavar="N", help="This rank in every layer.")
 @click.option("--energy", type=float, metavar="F", help="Keep this share of the energy Σσ².")
 @click.option("--sv-ratio", type=float, metavar="X", help="Keep σ above the largest / X.")
@@ -76,15 +77,21 @@ def command(adapters: tuple[str, ...], output: str, out: Output, **options: Any)
     from loratools.svd_resize import resize_adapter
 
     paths, many = split_inputs(adapters)
-    reports = [
-        resize_adapter(path, output_for(path, output, many=many, to=_kind(path)), **options)
-        for path in paths
-    ]
+    reports = run_each(
+        paths,
+        output,
+        lambda path, target: resize_adapter(path, target, **options),
+        many=many,
+        to=_kind,
+        overwrite=options["overwrite"],
+    )
     out.reports(reports, many=many)
 
 
 def _kind(path: str) -> str | None:
-    """Return ``peft`` for a folder: its result is one too."""
+    """Return what tells the result's name: ``peft`` for a folder, ``gguf`` for such a file."""
     from pathlib import Path
 
-    return "peft" if Path(path).is_dir() else None
+    if Path(path).is_dir():
+        return "peft"
+    return "gguf" if Path(path).suffix == ".gguf" else None

@@ -21,6 +21,7 @@ from loratools.composition.weights import Weights
 from loratools.deltas import Replacement, RowReplacement
 from loratools.errors import InputError, MatchError, UnsupportedError
 from loratools.keymaps.names import NameIndex
+from loratools.linalg.finite import joint_dtype
 from loratools.planning.base_rows import read_tensor
 from loratools.report import Note
 
@@ -127,7 +128,7 @@ def _whole(owned: _Owned, extras: Sequence[Replacement], base: Path | None) -> R
     rest = 1 - sum(owned.weights)
     if abs(rest) > _ONE:
         total += rest * _base_values(owned, base, total)
-    dtype = torch.promote_types(extras[0].value.dtype, extras[-1].value.dtype)
+    dtype = joint_dtype(*(extra.value.dtype for extra in extras))
     return replace(extras[0], value=total.to(dtype))
 
 
@@ -150,7 +151,8 @@ def _rows(owned: _Owned, extras: Sequence[RowReplacement], base: Path | None) ->
     if float((1 - share).abs().max()) > _ONE:
         whole = _base_values(owned, base, None)
         total += (1 - share) * whole[torch.tensor(indices)]
-    return RowReplacement(total.to(extras[0].rows.dtype), tuple(indices))
+    dtype = joint_dtype(*(extra.rows.dtype for extra in extras))
+    return RowReplacement(total.to(dtype), tuple(indices))
 
 
 def _base_values(owned: _Owned, base: Path | None, like: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from loratools.composition.matching import (
 )
 from loratools.composition.weights import Weights, check_weights
 from loratools.errors import OptionError
-from loratools.formats import FORMATS, get_format
+from loratools.formats import get_written_format
 from loratools.formats.format import Format
 from loratools.keymaps.gguf_base import GGUFBase
 from loratools.keymaps.gguf_naming import concerns_gguf, in_transformers_naming
@@ -92,20 +92,14 @@ def open_checked(name: str) -> tuple[Format, Adapter]:
 
 def settle_target(to: str | None, first: Format) -> Format:
     """Return the output's format: the one that is asked for, or that of the first adapter."""
-    target = first if to is None else get_format(to)
-    if target.read_only:
-        written = ", ".join(row.name for row in FORMATS if row.writes)
-        raise OptionError(
-            f"{target.name} files are read, not written", hint=f"choose --to among {written}"
-        )
-    return target
+    return get_written_format(first.name if to is None else to)
 
 
 def check_output(
     target: Format, output: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool
 ) -> None:
     """Raise OutputError if the destination exists, or would destroy an input."""
-    folder = target.weights_file is not None and Path(output).suffix != ".safetensors"
+    folder = target.is_folder(output)
     inputs = [find_weights(Path(name)) for name in names]
     check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=inputs)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from loratools.composition.matching import Column
 from loratools.deltas import AdditiveDelta, ExpertLoRA, FullDelta, LoRA
 from loratools.deltas.lora import Role
-from loratools.errors import InputError, UnsupportedError
+from loratools.errors import InputError, NonFiniteError, UnsupportedError
 from loratools.linalg.gram import product_norm
 from loratools.merge_methods import load_function
 from loratools.merge_methods.combining import Combined, Layer, combine
@@ -149,7 +149,10 @@ def _combined(
     full = any(d is not None and view is None for d, view in zip(deltas, views, strict=True))
     _check(path, recipe.method, parts, full=full)
     layer = Layer(parts, weights, settings_of(path, recipe), recipe.rank)
-    done = combine(recipe.method, layer)
+    try:
+        done = combine(recipe.method, layer)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{path}: {error.message}", error.hint) from error
     norm = product_norm(done.up, done.down)
     if full and done.down.shape[0] >= min(out, math.prod(rest)):
         whole = (done.up @ done.down).reshape(first.weight_shape)

@@ -13,7 +13,9 @@ from torch import Tensor
 from loratools.adapter import Adapter
 from loratools.composition.job import Job
 from loratools.composition.layers import Outcome
+from loratools.errors import NonFiniteError
 from loratools.formats.format import Format
+from loratools.linalg.finite import is_finite
 from loratools.merge_methods.span import cosines
 from loratools.report import Json, Note, Report
 
@@ -29,6 +31,17 @@ def result_notes(job: Job, outcomes: Mapping[str, Outcome], made: Adapter) -> It
     written = {tensor.dtype for _, tensor in made.named_tensors()}
     if torch.float32 in written and torch.float32 not in read:
         yield Note("factors are computed and written in fp32; --dtype bf16 or fp16 halves the file")
+
+
+def check_results(outcomes: Mapping[str, Outcome]) -> None:
+    """Raise NonFiniteError for changes that float32 cannot hold, naming the first."""
+    for path, one in outcomes.items():
+        finite = all(is_finite(tensor) for tensor in one.delta.tensors().values())
+        if not finite or not one.norm <= torch.finfo(torch.float32).max:
+            raise NonFiniteError(
+                f"{path}: the combined change is beyond float32",
+                hint="give smaller weights, or leave out the adapter of so large a change",
+            )
 
 
 def describe(
@@ -60,7 +73,7 @@ def describe(
         "extras": len(made.extras),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "relative_error": error,
-        "energy_retained": 1 - error**2,
+        "retained_energy": 1 - error**2,
         "cosines": _cosines(total),
         "parameters": made.parameters,
     }
@@ -91,7 +104,7 @@ def _row(path: str, one: Outcome, job: Job) -> dict[str, Json]:
         "rank": getattr(one.delta, "rank", None),
         "shape": list(one.delta.weight_shape),
         "norm": one.norm,
-        "energy_retained": 1 - one.error**2,
+        "retained_energy": 1 - one.error**2,
         "relative_error": one.error,
         "cosines": _cosines(one.gram),
     }

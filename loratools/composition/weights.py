@@ -58,7 +58,9 @@ def _rule(text: str, count: int) -> tuple[re.Pattern[str], tuple[float, ...]]:
         found = re.compile(pattern), tuple(float(number) for number in numbers.split(","))
     except (re.error, ValueError) as error:
         raise OptionError(f"--weights {text!r}: {error}", hint=_WRITE) from error
-    if not sign or not pattern or len(found[1]) != count:
+    if not sign or not pattern:
+        raise OptionError(f"--weights {text!r} has no pattern", hint=_WRITE)
+    if len(found[1]) != count:
         raise OptionError(
             f"--weights {text!r}: {len(found[1])} weights for {count} adapters", hint=_WRITE
         )

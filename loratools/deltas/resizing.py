@@ -19,6 +19,7 @@ from loratools.deltas.spectra import FactoredSpectrum, LayerSpectrum, wide_facto
 from loratools.deltas.spectral import lora_from_svd
 from loratools.deltas.sums import SumDelta
 from loratools.linalg.factored import SVD
+from loratools.linalg.finite import joint_dtype
 
 Plain = LoRA | ExpertLoRA
 
@@ -64,12 +65,12 @@ def _role(delta: AdditiveDelta) -> Role:
 
 
 def main_dtype(delta: AdditiveDelta) -> torch.dtype:
-    """Return the dtype of most elements of the stored float tensors."""
+    """Return the dtype of most elements of the stored float tensors; float32 if there are none."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in delta.tensors().values():
         if tensor.is_floating_point():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _cut(old: LoRA, rank: int) -> LoRA:
@@ -143,7 +144,7 @@ def _keeps_factors(old: AdditiveDelta, new: Plain) -> bool:
     if not isinstance(old, (LoRA, ExpertLoRA)) or new.rank < old.rank:
         return False
     pairs = ((old.up, new.up), (old.down, new.down))
-    return all(torch.promote_types(one.dtype, two.dtype) == two.dtype for one, two in pairs)
+    return all(joint_dtype(one.dtype, two.dtype) == two.dtype for one, two in pairs)
 
 
 def _weight_only(delta: AdditiveDelta) -> AdditiveDelta:

@@ -24,6 +24,7 @@ from loratools.deltas.lora import LoRA
 from loratools.deltas.spectral import delta_svd, factored_view, matrix_shape
 from loratools.errors import NonFiniteError
 from loratools.linalg.factored import SVD, CoreSVD, core_svd
+from loratools.linalg.finite import is_finite
 
 _CHUNK: Mapping[str, int] = {"cpu": 1 << 19}
 """Elements of the factors decomposed at once, by device: 4 MiB of float64 stay near a core."""
@@ -173,7 +174,7 @@ def _decompose(device: str, job: Job) -> dict[str, LayerSpectrum]:
 
 
 def _is_finite(delta: AdditiveDelta) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in delta.tensors().values())
+    return all(is_finite(tensor) for tensor in delta.tensors().values())
 
 
 def wide_factors(delta: AdditiveDelta, device: str) -> tuple[Tensor, Tensor, float]:

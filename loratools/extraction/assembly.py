@@ -17,6 +17,7 @@ from loratools.extraction.factoring import Found
 from loratools.extraction.model_pair import ModelPair
 from loratools.formats.format import Format
 from loratools.formats.peft_config import CONFIG_NAME
+from loratools.hub.references import repository_of
 from loratools.keymaps.translate import translate
 from loratools.keymaps.vocabulary import vocabulary_of
 from loratools.planning.base_rows import read_tensor
@@ -160,7 +161,7 @@ def _metadata(pair: ModelPair, family: Family, extras: Mapping[str, Extra]) -> M
     if any(isinstance(extra, Replacement) and extra.origin == "bias" for extra in extras.values()):
         words["bias"] = "all"
     if family.names == "transformers" and base is not None:
-        words["base_model_name_or_path"] = str(base.path)
+        words["base_model_name_or_path"] = repository_of(base.path) or str(base.path)
         if any(str(word).endswith(_CAUSAL) for word in base.config_word("architectures") or []):
             words["task_type"] = "CAUSAL_LM"
     return {CONFIG_NAME: json.dumps(words)} if words else MappingProxyType({})

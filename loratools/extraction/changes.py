@@ -102,7 +102,8 @@ class Family:
 def find_family(pair: ModelPair, arch: str | None = None) -> Family:
     """Tell whose names the models have: by the folder, the config, or the names themselves.
 
-    Raises UnknownArchitectureError for an ``arch`` that does not exist.
+    Raises UnknownArchitectureError for an ``arch`` that does not exist, OptionError for one beside
+    a language model's config.
     """
     said = find_architecture(arch) if arch else None
     if "" not in pair.base:
@@ -114,6 +115,11 @@ def find_family(pair: ModelPair, arch: str | None = None) -> Family:
         return Family("diffusers", found, "diffusers", lambda name: f"{component}.{name}")
     if base.config is None and (found := said or _detected(pair)):
         return Family("checkpoint", found, "kohya", str)
+    if said is not None:
+        raise OptionError(
+            f"--arch says {said.title}, and {base.path} is a folder of transformers",
+            hint="leave --arch out",
+        )
     return Family("transformers", None, "peft", _in_memory(base))
 
 

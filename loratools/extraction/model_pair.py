@@ -115,6 +115,8 @@ def networks(opened: Opened) -> Mapping[str, BaseModel]:
 def refuse_quantised(model: BaseModel) -> None:
     """Raise UnsupportedError if the checkpoint's stored numbers are not its weights."""
     scheme = model.config_word("quantization_config")
+    if model.packed and model.packed[0].packed and not scheme:
+        raise _quantised(model, f"quantised ({model.packed[0].packed.scheme})")
     if scheme:
         word = scheme.get("quant_method", "unknown") if isinstance(scheme, Mapping) else scheme
         raise _quantised(model, f"quantised ({word})")

@@ -112,6 +112,17 @@ def get_format(name: str) -> Format:
     raise OptionError(f"unknown format {name!r}", hint=did_you_mean(name, names))
 
 
+def get_written_format(name: str) -> Format:
+    """Return the format called ``name``; raises OptionError for one that is only read, too."""
+    found = get_format(name)
+    if found.read_only:
+        written = ", ".join(row.name for row in FORMATS if row.writes)
+        raise OptionError(
+            f"{name} files are read, not written", hint=f"choose --to among {written}"
+        )
+    return found
+
+
 def detect_format(listing: Listing, source: str) -> Format:
     """Return the one format whose ``matches`` accepts ``listing``.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loratools.errors import MalformedAdapterError
 from loratools.formats.format import Bundle
-from loratools.formats.peft_config import CONFIG_NAME, PeftConfig
+from loratools.formats.peft_config import CONFIG_NAME, LARGEST_ALPHA, PeftConfig
 
 ADAPTER_WORDS = "lora_adapter_metadata"
 """Key of diffusers' JSON of LoraConfig fields, each under its component's name."""
@@ -124,7 +124,7 @@ def read_scalar(tensor: Tensor) -> float:
     if tensor.numel() != 1:
         raise MalformedAdapterError(f"alpha of shape {tuple(tensor.shape)} is not one number")
     value = float(tensor.to(torch.float64).item())
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST_ALPHA:
         raise MalformedAdapterError(f"alpha is {value}")
     return value
 
@@ -197,6 +197,6 @@ def _number(text: str, word: str, source: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST_ALPHA:
         raise MalformedAdapterError(f"{source}: metadata {word} is {text!r}, not a number")
     return value

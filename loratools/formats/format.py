@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -64,6 +66,7 @@ class Format:
             where only ``write`` knows.
         read_only: whether ``write`` always refuses, because no tool needs such files any more.
         container: what its weights file is.
+        has_side_files: whether files stand beside the weights, so that they are always a folder.
     """
 
     name: str
@@ -78,3 +81,9 @@ class Format:
     losses: Callable[[Adapter], Mapping[str, str]] | None = None
     read_only: bool = False
     container: Literal["safetensors", "gguf"] = "safetensors"
+    has_side_files: bool = False
+
+    def is_folder(self, output: str | os.PathLike[str]) -> bool:
+        """Return whether what is written to ``output`` is a folder with the weights in it."""
+        alone = not self.has_side_files and Path(output).suffix == ".safetensors"
+        return self.weights_file is not None and not alone

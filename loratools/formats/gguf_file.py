@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -85,6 +86,20 @@ def save_bundle(path: Path, bundle: Bundle, storage: str | None = None) -> None:
         for name, tensor in bundle.tensors.items()
     ]
     save_gguf(path, metadata, entries)
+
+
+def rounded_to(bundle: Bundle, storage: str | None) -> Bundle:
+    """Return the values that a file written with ``storage`` would give back (``save_bundle``)."""
+    if storage is None:
+        return bundle
+    tensors = {name: _rounded(tensor) for name, tensor in bundle.tensors.items()}
+    return replace(bundle, tensors=tensors)
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    if tensor.shape[-1] % _Q8_0.elements:
+        return tensor.to(torch.float16)
+    return _Q8_0.decode(_Q8_0.encode(tensor.to(torch.float32).contiguous()))
 
 
 def _small(name: str, tensor: Tensor) -> tuple[Entry, memoryview]:

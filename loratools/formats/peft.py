@@ -236,4 +236,5 @@ FORMAT = Format(
     read=read,
     write=write,
     weights_file="adapter_model.safetensors",
+    has_side_files=True,
 )

@@ -6,7 +6,6 @@ Source: peft 0.21 ``tuners/lora/config.py`` and ``utils/other.py`` (pattern matc
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from typing import Any
 from loratools.errors import MalformedAdapterError, UnsupportedError
 
 CONFIG_NAME = "adapter_config.json"
+LARGEST_ALPHA = 3.4028234663852886e38
+"""Of float32, in which changes are folded."""
+
 _DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 8
 
@@ -216,7 +218,7 @@ class PeftConfig:
     def _number(self, field: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise MalformedAdapterError(f"{self.source}: {field} is {value!r}, not a number")
-        if not math.isfinite(value):
+        if not abs(value) <= LARGEST_ALPHA:
             raise MalformedAdapterError(f"{self.source}: {field} is {value}")
         return float(value)
 

@@ -90,6 +90,17 @@ def is_adapter(listing: Listing) -> bool:
     return any(_first_weights(listing, folder) for folder in _folders(listing, path))
 
 
+def may_be_adapter(listing: Listing) -> bool:
+    """Return whether a reference means an adapter, or one file that only its header can tell."""
+    if is_adapter(listing):
+        return True
+    path = listing.reference.path
+    if listing.is_file:
+        return not _PART.fullmatch(path)
+    marked = any(_join(path, mark) in listing.files for mark in _MODEL_MARKS)
+    return not marked and len([n for n in listing.below if n.endswith(WEIGHT_SUFFIXES)]) == 1
+
+
 def choose_model(listing: Listing) -> Choice:
     """Return the files of the model or diffusers pipeline that a reference means.
 
@@ -102,6 +113,12 @@ def choose_model(listing: Listing) -> Choice:
     if _join(path, PIPELINE_INDEX) in listing.files:
         return _pipeline(listing, path)
     return _model(listing, path)
+
+
+def side_files(listing: Listing) -> tuple[str, ...]:
+    """Return what lies beside the weights in the folder that a reference means."""
+    folder = listing.reference.path
+    return tuple(name for name in listing.below if _comes_along(listing, folder, name))
 
 
 def with_shards(choice: Choice, shards: Iterable[str]) -> Choice:
@@ -172,7 +189,9 @@ def _parts(listing: Listing, path: str) -> tuple[str, ...]:
 
 def _model(listing: Listing, folder: str) -> Choice:
     weights, indexes = _weights_of(listing, folder)
-    side = [name for name in listing.below if _comes_along(listing, folder, name)]
+    start = f"{folder}/" if folder else ""
+    below = [name for name in listing.files if name.startswith(start)]
+    side = [name for name in below if _comes_along(listing, folder, name)]
     files = tuple(dict.fromkeys((*weights, *indexes, *side)))
     return Choice(folder, files, tuple(weights), tuple(indexes))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from loratools.hub.failures import is_unreachable, status_of
+from loratools.hub.failures import causes, is_unreachable, status_of
 
 Answer = TypeVar("Answer")
 
@@ -25,9 +26,7 @@ def hub_api() -> Any:
     """Return the library's client for the endpoint and token of this moment's settings."""
     from huggingface_hub import HfApi
 
-    from loratools import __version__
-
-    return HfApi(library_name="loratools", library_version=__version__)
+    return HfApi(library_name="loratools")
 
 
 def persistently(ask: Callable[[], Answer]) -> Answer:
@@ -49,12 +48,13 @@ def persistently(ask: Callable[[], Answer]) -> Answer:
 
 def _delay(error: BaseException, wait: float) -> float | None:
     """Return the seconds after which to ask again, or ``None`` if that would be vain."""
-    if status_of(error) in BUSY:
-        headers = getattr(getattr(error, "response", None), "headers", {})
-        said = str(headers.get("Retry-After", ""))
-        return min(float(said), _LONGEST) if said.isdigit() else wait
-    if is_unreachable(error) and type(error).__name__ not in _FINAL:
-        return wait
+    for cause in causes(error):
+        if status_of(cause) in BUSY:
+            headers = getattr(getattr(cause, "response", None), "headers", {})
+            said = str(headers.get("Retry-After", ""))
+            return min(float(said), _LONGEST) if said.isdigit() else wait
+        if is_unreachable(cause):
+            return None if type(cause).__name__ in _FINAL else wait
     return None
 
 
@@ -64,14 +64,15 @@ _FINAL = ("OfflineModeIsEnabled", "ConnectError", "ProxyError", "UnsupportedProt
 
 @contextmanager
 def progress_bars() -> Iterator[None]:
-    """Let the library show its bars on a terminal, unless ``BARS`` says otherwise."""
+    """Let the library show its bars on stderr where a person watches, unless ``BARS`` forbids."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if BARS.get() or are_progress_bars_disabled():
+    watched = BARS.get() and sys.stderr.isatty()
+    if watched or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

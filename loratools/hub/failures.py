@@ -36,7 +36,7 @@ def hub_errors(subject: str, *, uploading: bool = False) -> Iterator[None]:
 
 def explain(error: BaseException, subject: str, kind: Kind = HubError) -> LoratoolsError | None:
     """Return the error to show for one of the Hub's library, or ``None`` for any other."""
-    chain = list(_chain(error))
+    chain = list(causes(error))
     for cause in chain:
         names = {base.__name__ for base in type(cause).__mro__}
         for word, say in _BY_NAME:
@@ -69,7 +69,8 @@ def without_tokens(text: str) -> str:
     return _TOKENS.sub("***", text)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it, to the first cause."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -144,8 +145,7 @@ def _bad_name(subject: str) -> tuple[str, str]:
 def _unreachable(subject: str) -> tuple[str, str]:
     return (
         f"{subject}: no answer from {_endpoint()}",
-        "check the network, proxies and HF_ENDPOINT, and try again: files that are complete "
-        "are not fetched twice",
+        "check the network, proxies and HF_ENDPOINT, and try again; whole files are kept",
     )
 
 
@@ -166,8 +166,7 @@ _STATUS = {
     401: ("refused the access token", f"it may have expired: {LOG_IN} again"),
     403: (
         "does not allow this",
-        "the token needs write access here: see the tokens in the Hub's settings; without it, "
-        "--create-pr proposes a change",
+        "use a token that may write here; without one, --create-pr proposes a change",
     ),
     409: ("says that it conflicts with the repository's state", "look at its page and try again"),
     413: ("takes no file as large as this", None),

@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from loratools.errors import CorruptFileError
-from loratools.hub.choosing import Choice, choose_adapter, choose_model, with_shards
+from loratools.hub.choosing import (
+    Choice,
+    choose_adapter,
+    choose_model,
+    may_be_adapter,
+    side_files,
+    with_shards,
+)
 from loratools.hub.client import persistently, progress_bars
 from loratools.hub.failures import hub_errors
 from loratools.hub.listing import Listing, list_files
@@ -32,6 +39,21 @@ def fetch_model(reference: Reference) -> Path:
     return fetch_choice(listing, complete(listing, choose_model(listing)))
 
 
+def fetch_anything(reference: Reference) -> Path:
+    """Return where the adapter, model or pipeline that a reference means is in the cache."""
+    listing = list_files(reference)
+    if may_be_adapter(listing):
+        return fetch_choice(listing, choose_adapter(listing))
+    return fetch_choice(listing, complete(listing, choose_model(listing)))
+
+
+def fetch_side_files(reference: Reference) -> Path:
+    """Return where a model's config, tokenizer and the like are in the cache; see above."""
+    listing = list_files(reference)
+    names = (reference.path,) if listing.is_file else side_files(listing)
+    return fetch_choice(listing, Choice(reference.path, names, ()))
+
+
 def fetch_choice(listing: Listing, choice: Choice) -> Path:
     """Fetch what was chosen; returns the place of its root in the cache."""
     root = fetch_files(listing, choice.files)
@@ -46,8 +68,10 @@ def complete(listing: Listing, choice: Choice) -> Choice:
     return with_shards(choice, (name for i in choice.indexes for name in _shards(root, i)))
 
 
-def fetch_files(listing: Listing, names: Iterable[str]) -> Path:
+def fetch_files(listing: Listing, names: Iterable[str], into: Path | None = None) -> Path:
     """Fetch files of a repository into the cache; returns the folder that stands for it.
+
+    With ``into``, they are fetched there, past the cache.
 
     Files that are there are not fetched again; a connection that breaks is taken up where it broke.
 
@@ -66,9 +90,19 @@ def fetch_files(listing: Listing, names: Iterable[str]) -> Path:
                     revision=reference.revision,
                     allow_patterns=patterns,
                     local_files_only=listing.commit is None,
+                    local_dir=into,
                 )
             )
         )
+
+
+def is_cached(listing: Listing, names: Iterable[str]) -> bool:
+    """Return whether files of a listing are in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, commit = listing.reference.repo, listing.commit
+    found = (try_to_load_from_cache(repo, name, revision=commit) for name in names)
+    return all(isinstance(place, str) for place in found)
 
 
 def _shards(root: Path, index: str) -> list[str]:
@@ -77,6 +111,8 @@ def _shards(root: Path, index: str) -> list[str]:
         named = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
         shards = sorted(set(named))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{file}: not an index of shards", "its owner can mend it") from error
+        raise CorruptFileError(
+            f"{file}: not an index of shards", "its owner can mend it"
+        ) from error
     folder = PurePosixPath(index).parent
     return [str(folder / name) for name in shards]

@@ -49,8 +49,8 @@ def parse_reference(text: str) -> Reference:
     Raises:
         HubError: not of the grammar, or something other than a model repository.
     """
+    from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError
-    from huggingface_hub.utils import parse_hf_uri
 
     try:
         found = parse_hf_uri(text)

@@ -15,14 +15,20 @@ from loratools.keymaps.gguf_rows import LAYERS, rows
 
 _TOP = (Step(("model.norm",), ("output_norm",)),)
 _HEADS = rows(LAYERS, ("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
-_PRE = _TOP + _HEADS + rows(
-    LAYERS, ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")
+_PRE = (
+    _TOP
+    + _HEADS
+    + rows(LAYERS, ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))
 )
 """A norm before each of the two parts of a block."""
-_POST = _TOP + _HEADS + rows(
-    LAYERS,
-    ("post_attention_layernorm", "post_attention_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
+_POST = (
+    _TOP
+    + _HEADS
+    + rows(
+        LAYERS,
+        ("post_attention_layernorm", "post_attention_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+    )
 )
 """A norm after each."""
 _BOTH = _POST + rows(
@@ -90,8 +96,15 @@ SHIFTS: Mapping[str, float] = MappingProxyType(
 )
 """What llama.cpp's converter adds to the weight of every norm."""
 
-FROM_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+FROM_CONFIG = frozenset(
+    {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+)
 """Tensors of a GGUF file that its converter computes of ``config.json``."""
+
+EXCLUDED_BY: Mapping[str, str] = MappingProxyType(
+    {"transformer.h.{i}.input_layernorm": "blk.{i}.attn_norm_2.weight"}
+)
+"""A checkpoint's name → the GGUF tensor beside which it stands for nothing: Falcon's two norms."""
 
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
            ".attention.masked_bias")  # fmt: skip

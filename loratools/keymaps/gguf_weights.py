@@ -16,8 +16,9 @@ from torch import Tensor
 from loratools.deltas import ExpertLoRA, LoRA
 from loratools.errors import MatchError, UnsupportedError
 from loratools.keymaps.gguf_base import GGUFBase
+from loratools.keymaps.gguf_factors import Parts
 from loratools.keymaps.gguf_model import Step
-from loratools.keymaps.gguf_ops import Columns, Each, Op, Parts, Rows, Turn
+from loratools.keymaps.gguf_ops import Columns, Op, Turn
 from loratools.keymaps.gguf_to import ops_of
 
 _ROW, _ONE, _PART, _COLUMN, _ALSO = range(5)
@@ -36,8 +37,8 @@ class Gather:
         shape: of the result.
         part: (rows,) which source.
         row: (rows,) of the source; of its columns, where turned.
-        column: (columns,) of the source, or ``None``: as they are; where turned, (matrices, columns)
-            of the source's rows.
+        column: (columns,) of the source, or ``None``: as they are; where turned,
+            (matrices, columns) of the source's rows.
         factor: (rows,), or ``None``: 1.
         turned: whether matrices are transposed.
     """
@@ -152,4 +153,3 @@ def _unless_one(factor: Tensor) -> Tensor | None:
 
 def _as_vector(gather: Gather) -> Gather:
     return Gather(gather.shape[:-1], gather.part, gather.row, None, gather.factor)
-

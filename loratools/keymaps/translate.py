@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from loratools.adapter import Adapter, Extra, in_natural_order
 from loratools.deltas import LayerDelta
-from loratools.errors import InputError, LoratoolsError, MatchError
+from loratools.errors import InputError, LoratoolsError, MatchError, UnknownArchitectureError
 from loratools.keymaps import layout
 from loratools.keymaps.architecture import Architecture, Component, Fused, Row
 from loratools.keymaps.base_names import BaseNames
@@ -95,7 +95,10 @@ def in_one_naming(
     namings = {adapter.naming for adapter in adapters}
     if len(namings) == 1 and naming in (None, *namings):
         return _spelled_alike(adapters, arch, naming or "diffusers")
-    found = {detect_architecture(adapter, arch).id: adapter for adapter in adapters}
+    found = dict.fromkeys(
+        _detected(adapter, f"adapter {number} of {len(adapters)}", arch).id
+        for number, adapter in enumerate(adapters, 1)
+    )
     if len(found) > 1:
         titles = " and ".join(find_architecture(word).title for word in found)
         raise InputError(
@@ -106,6 +109,13 @@ def in_one_naming(
     wanted = naming or "diffusers"
     moved = (a if a.naming == wanted else translate(a, common, wanted) for a in adapters)
     return tuple(moved), common
+
+
+def _detected(adapter: Adapter, which: str, arch: str | None) -> Architecture:
+    try:
+        return detect_architecture(adapter, arch)
+    except UnknownArchitectureError as error:
+        raise UnknownArchitectureError(f"{which}: {error.message}", error.hint) from error
 
 
 def _spelled_alike(

@@ -9,7 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from loratools.errors import NonFiniteError
 from loratools.linalg.factored import SVD, factored_svd
+from loratools.linalg.finite import is_finite
 from loratools.linalg.randomized import randomized_svd
 from loratools.linalg.spectra import truncation_error
 from loratools.merge_methods import load_function
@@ -107,6 +109,7 @@ class Cores:
 
     def lift(self, core: Tensor) -> SVD:
         """Return the singular triplets of left @ core @ right."""
+        _check_finite(core)
         inner, values, outer = torch.linalg.svd(core, full_matrices=False)
         return SVD(self.left @ inner, values, outer @ self.right)
 
@@ -186,9 +189,18 @@ def _on_dense(method: Method, layer: Layer) -> Combined:
     deltas = torch.stack([up.float() @ down.float() for up, down in pairs])
     merged = load_function(method)(deltas, layer.weights, layer.settings)
     del deltas
+    _check_finite(merged)
     least = min(layer.rank, *merged.shape)
     found, error = randomized_svd(merged, least, generator=layer.settings.generator)
     return Combined(*_factors(found, least), error, layer.gram)
+
+
+def _check_finite(combined: Tensor) -> None:
+    if not is_finite(combined):
+        raise NonFiniteError(
+            "the changes, or their sum, are beyond float32",
+            hint="give smaller weights, or leave out the adapter of so large a change",
+        )
 
 
 def _on_factors(method: Method, layer: Layer) -> Combined:

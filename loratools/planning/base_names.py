@@ -17,6 +17,7 @@ from loratools.keymaps.translate import (
     translate,
 )
 from loratools.keymaps.vocabulary import vocabulary_of
+from loratools.planning.gguf_extras import in_gguf_names
 
 
 def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) -> Adapter:
@@ -35,7 +36,8 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
         MatchError: adapter and base are of different architectures; or modules without a name.
     """
     if base.is_gguf and not is_image(base):
-        return renamed_gguf(adapter, "gguf", open_gguf_base(base.path), for_merge=True)
+        known = open_gguf_base(base.path)
+        return in_gguf_names(renamed_gguf(adapter, "gguf", known, for_merge=True), base, known)
     if adapter.naming == "gguf":
         return renamed_gguf(adapter, "transformers", open_gguf_base(base.path))
     if adapter.naming == "transformers" and (_fits_as_it_is(adapter, base) or not is_image(base)):

@@ -22,6 +22,7 @@ from loratools.errors import CorruptFileError, MatchError, UnsupportedError
 from loratools.planning.base_names import in_base_names
 from loratools.planning.placement import Placement, place_adapters
 from loratools.planning.tied_embeddings import find_tie
+from loratools.streaming.packed_source import PackedSource
 from loratools.tensorfiles.copying import read_at
 from loratools.tensorfiles.dtypes import torch_dtype
 from loratools.tensorfiles.inputs import open_input
@@ -194,6 +195,8 @@ def read_tensor(tensor: BaseTensor) -> Tensor:
     """
     if tensor.values is not None:
         return tensor.values.to(torch.float32)
+    if tensor.packed is not None:
+        return PackedSource(tensor).read(0, elements(tensor.shape)).reshape(tensor.shape)
     assert tensor.start is not None
     dtype = torch_dtype(tensor.dtype)
     wide = torch.empty(elements(tensor.shape), dtype=torch.float32)

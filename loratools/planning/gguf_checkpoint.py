@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loratools.adapter import in_natural_order
+from loratools.adapter import natural_key
 from loratools.basemodel import BaseModel, BaseTensor, Shard
 from loratools.errors import LoratoolsError, MatchError, UnsupportedError
 from loratools.keymaps.gguf_base import GGUFBase, open_gguf_base
@@ -14,6 +14,7 @@ from loratools.keymaps.gguf_model import GGUFModel, Step
 from loratools.keymaps.gguf_names import Hit, in_memory, is_there, names_of, spell
 from loratools.keymaps.gguf_vectors import (
     BUFFERS,
+    EXCLUDED_BY,
     FROM_CONFIG,
     is_stored_turned,
     shift_of,
@@ -27,6 +28,7 @@ from loratools.suggest import counted
 _SHOWN = 12
 _ENDS = (".weight", ".bias")
 _HEAD, _TABLE = "output.weight", "token_embd.weight"
+_SAME = "the template is a GGUF of the same model, or of a fine-tune of it"
 _CONVERT = "llama.cpp's convert_hf_to_gguf.py makes a GGUF of the folder, which `quantize` takes"
 
 
@@ -73,7 +75,7 @@ def to_checkpoint(
         done |= _undone(group, model, known)
     _check_shapes(done, known)
     notes = [Note(f"left out, because it follows from config.json: {n}") for n in computed]
-    return in_natural_order(done), tuple(notes)
+    return dict(sorted(done.items(), key=lambda item: natural_key(item[0]))), tuple(notes)
 
 
 def from_checkpoint(
@@ -126,17 +128,17 @@ def _as_template(
         elif ours.shape != theirs.shape:
             raise MatchError(
                 f"{name}: {ours.shape} by {folder.path}, {theirs.shape} in {template.path}",
-                hint="the template is a GGUF of the same model, or of a fine-tune of it",
+                hint=_SAME,
             )
         else:
             done[name] = ours
     extra = [n for n in found if n not in template.tensors and not _is_tied_copy(n, found, folder)]
-    for what, names in (("lacks", missing), ("has", extra)):
+    for lacking, having, names in ((folder, template, missing), (template, folder, extra)):
         if names:
             raise MatchError(
-                f"{folder.path} {what} {counted(len(names), 'tensor')} "
-                f"{'of' if what == 'lacks' else 'beside those of'} {template.path}:\n{_lines(names)}",
-                hint="the template is a GGUF of the same model, or of a fine-tune of it",
+                f"{lacking.path} lacks {counted(len(names), 'tensor')} that {having.path} has:\n"
+                f"{_lines(names)}",
+                hint=_SAME,
             )
     return done, tuple(notes)
 
@@ -170,7 +172,10 @@ def _known(base: BaseModel, config: Path | None) -> GGUFBase:
             hint="name the folder of the model that the GGUF file was made of",
         )
     models = tuple(model for model in theirs.models if model.arch == arch)
-    return replace(theirs, models=models, tensors=own.tensors)
+    # Weights in few bits have other shapes than what they stand for.
+    coded = "quantization_config" in theirs.config.fields
+    parameters = None if coded else theirs.parameters
+    return replace(theirs, models=models, tensors=own.tensors, parameters=parameters)
 
 
 def _rows(known: GGUFBase, names: Sequence[str]) -> GGUFModel:
@@ -192,7 +197,14 @@ def _target(name: str, model: GGUFModel, known: GGUFBase) -> Hit | None:
     if known.parameters is not None:
         names = frozenset(known.named_parameters)
         hits = [hit for hit in hits if is_there(hit.step, hit.block, names)] or hits
-    return hits[0] if hits else None
+    tensors = known.tensors or {}
+    fitting = [hit for hit in hits if not _is_excluded(hit, tensors)]
+    return fitting[0] if fitting else None
+
+
+def _is_excluded(hit: Hit, tensors: Collection[str]) -> bool:
+    other = EXCLUDED_BY.get(hit.step.sources[0])
+    return other is not None and spell(other, hit.block, None, 0) in tensors
 
 
 def _add(
@@ -253,9 +265,7 @@ def _gathered(
 ) -> list[Gather]:
     shapes = [source.shape for source in sources]
     try:
-        return gather_weights(
-            group.step, known, group.block, shapes, undo=undo, turned=turned
-        )
+        return gather_weights(group.step, known, group.block, shapes, undo=undo, turned=turned)
     except LoratoolsError as error:
         raise type(error)(f"{sources[0].name}: {error.message}", error.hint or _CONVERT) from error
 

@@ -19,15 +19,25 @@ from loratools.deltas import Replacement, RowReplacement
 from loratools.errors import MatchError, NonFiniteError, OptionError, UnsupportedError
 from loratools.planning.base_names import in_base_names
 from loratools.planning.labels import label_words
+from loratools.planning.packed_bases import (
+    dequantised_config,
+    dequantised_works,
+    kept_work,
+    packed_notes,
+    resolve_quant,
+    without_marks,
+)
 from loratools.planning.placement import Placement, place_adapters
 from loratools.planning.provenance import provenance
-from loratools.planning.quantising import KEEP, check_quant, written_type
+from loratools.planning.quantising import DEQUANTIZE, KEEP, row_length, written_type
+from loratools.planning.subspaces import rounding_for
 from loratools.planning.tied_embeddings import Tie, find_tie, resolve_tie
 from loratools.planning.widening import Widening, describe_widening, widened_config
 from loratools.report import Json, Level, Note
 from loratools.streaming.blocks import MakeFolds, TensorWork
 from loratools.streaming.checkpoint import (
     DTYPE_WORDS,
+    REMOVED,
     Checkpoint,
     output_dtype,
     plan_checkpoint,
@@ -129,20 +139,30 @@ def plan_merge(
     dtype: str = "keep",
     residual_base: bool = False,
     arch: str | None = None,
-    quant: str = KEEP,
+    quant: str | None = None,
+    shaping: float | None = None,
 ) -> MergePlan:
     """Decide from headers alone what lands where, and lay out the output.
+
+    Args:
+        base: the checkpoint.
+        loaded: adapters with their strengths.
+        dtype: see ``merge_into_base``.
+        residual_base: see ``merge_into_base``.
+        arch: see ``merge_into_base``.
+        quant: see ``resolve_quant``.
+        shaping: strength of adapter-aware rounding, or None to round to nearest.
 
     Raises:
         MatchError, UnsupportedError: see ``place_adapters`` and ``resolve_tie``.
         OptionError: an unknown dtype or type.
     """
-    quant = check_quant(quant)
+    asked = quant is not None
+    quant = resolve_quant(base, quant, shaped=shaping is not None)
     if dtype != "keep" and dtype not in DTYPE_WORDS:
         raise OptionError(
             f"unknown dtype {dtype!r}", hint=f"use keep, {', '.join(DTYPE_WORDS)} with --dtype"
         )
-    _refuse_quantised(base)
     loaded = [replace(one, adapter=in_base_names(one.adapter, base, arch)) for one in loaded]
     tie = find_tie(base)
     tied_heads = dict.fromkeys(tie.unstored(base), tie.input) if tie and tie.tied else {}
@@ -156,16 +176,24 @@ def plan_merge(
     untied = resolve_tie(base, tie, placed.by_tensor)
     works: dict[str, TensorWork] = {}
     notes: list[Note] = []
+    written = _Written(quant, dtype, shaping)
     for name, placements in untied.by_tensor.items():
         source = base.tensors.get(untied.sources.get(name, name))
-        works[name] = _work(name, placements, source, base, (quant, dtype))
+        works[name] = _work(name, placements, source, base, written)
         notes += _work_notes(works[name], placements, source)
+    if base.packed and quant == DEQUANTIZE:
+        works |= dequantised_works(base, works, dtype)
     works |= _widened(placed.widened, works, base, dtype)
     notes += _widening_notes(base, placed.widened)
-    config = {**untied.config, **_vocabulary(base, tie, works)}
+    config: dict[str, Any] = {**untied.config, **_vocabulary(base, tie, works)}
     config |= {**widened_config(base, placed.widened), **label_words(base, works)}
+    dropped: frozenset[str] = frozenset()
+    if base.packed and quant == DEQUANTIZE:
+        config |= dequantised_config(base, works)
+        base, dropped = without_marks(base)
+    notes += packed_notes(base, quant, asked=asked, works=works)
     others = "keep" if base.is_gguf else dtype
-    checkpoint = plan_checkpoint(base, works, config=config, dtype=others)
+    checkpoint = plan_checkpoint(base, works, dropped=dropped, config=config, dtype=others)
     if base.is_gguf:
         checkpoint = with_words(checkpoint, provenance(base, loaded))
     words = [*(f"{one.path}: {n}" for one in loaded for n in one.adapter.notes), *placed.notes]
@@ -182,15 +210,13 @@ def plan_merge(
     return MergePlan(checkpoint, untied.by_tensor, all_notes)
 
 
-def _refuse_quantised(base: BaseModel) -> None:
-    scheme = base.config_word("quantization_config")
-    if not scheme:
-        return
-    method = scheme.get("quant_method", "unknown") if isinstance(scheme, Mapping) else scheme
-    raise UnsupportedError(
-        f"{base.path}: the base is quantised ({method}), which merge does not read yet",
-        hint="merge into the 16-bit original of this base",
-    )
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """How touched tensors are written: the options of ``plan_merge``."""
+
+    quant: str
+    dtype: str
+    shaping: float | None
 
 
 def _work(
@@ -198,7 +224,7 @@ def _work(
     placements: tuple[Placement, ...],
     source: BaseTensor | None,
     base: BaseModel,
-    written: tuple[str, str],
+    written: _Written,
 ) -> TensorWork:
     """Return the output tensor: a new or resized one starts from the adapter's own values."""
     replacement = _replacement(name, placements)
@@ -209,12 +235,16 @@ def _work(
     else:
         assert source is not None
         word = source.dtype
-    quant, dtype = written
+        if source.packed and written.quant == KEEP and source.name == name:
+            return kept_work(name, placements, source, written.shaping)
+    quant, dtype = written.quant, written.dtype
     if not placements and word in DTYPES:
         return TensorWork(name, output_dtype(word, dtype), source.shape, source)
-    word = written_type(name, word, source.shape[-1], quant, dtype)
-    folds = _fold_maker(placements) if placements else None
-    return TensorWork(name, word, source.shape, source, folds)
+    word = written_type(name, word, row_length(base, source), quant, dtype)
+    if not placements:
+        return TensorWork(name, word, source.shape, source)
+    rounding = None if word in DTYPES else rounding_for(placements, written.shaping)
+    return TensorWork(name, word, source.shape, source, _fold_maker(placements), rounding)
 
 
 def _widened(
@@ -224,10 +254,16 @@ def _widened(
     dtype: str,
 ) -> dict[str, TensorWork]:
     """Return the works of widened tensors in their new shape, also where nothing else changes."""
-    return {
-        name: replace(works.get(name) or unchanged(base.tensors[name], dtype), shape=widening.after)
-        for name, widening in widened.items()
-    }
+    found = {}
+    for name, widening in widened.items():
+        work = works.get(name) or unchanged(base.tensors[name], dtype)
+        if work.is_packed or work.source.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"{name}: a weight stored as {work.dtype} cannot be widened in its scheme",
+                hint="--quant dequantize",
+            )
+        found[name] = replace(work, shape=widening.after)
+    return found
 
 
 def _widening_notes(base: BaseModel, widened: Mapping[str, Widening]) -> Iterator[Note]:
@@ -356,7 +392,12 @@ def _config_notes(base: BaseModel, config: Mapping[str, Any]) -> list[str]:
         return []
     if not config or base.config is None:
         return [f"no config.json to correct: {k} should be {v}" for k, v in config.items()]
-    return [f"config.json: {key} is now {json_word(value)}" for key, value in config.items()]
+    return [
+        f"config.json: {key} is taken out"
+        if value is REMOVED
+        else f"config.json: {key} is now {json_word(value)}"
+        for key, value in config.items()
+    ]
 
 
 def json_word(value: Json) -> str:

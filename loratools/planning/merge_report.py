@@ -47,9 +47,7 @@ def touched_tensors(job: MergeJob, results: Results) -> list[Touched]:
     return found
 
 
-def merge_report(
-    operation: str, job: MergeJob, results: Results, output: str | None
-) -> Report:
+def merge_report(operation: str, job: MergeJob, results: Results, output: str | None) -> Report:
     """Return the report of what was planned and, but for a dry run, of what became of it."""
     items: list[dict[str, Json]] = []
     notes: list[Note] = []
@@ -140,6 +138,9 @@ def _item(
         "change_norm": result.change_norm if result else None,
         "result_norm": result.result_norm if result else None,
         "retained": result.retained if result else None,
+        "subspace_error": result.subspace_error if result else None,
+        "added_error": result.added_error if result else None,
+        "codes_changed": result.codes_changed if result else None,
     }
 
 

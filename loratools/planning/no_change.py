@@ -54,7 +54,7 @@ def refuse_no_change(tensors: Sequence[Touched]) -> None:
     if all(tensor.dtype not in DTYPES for tensor in tensors):
         raise MatchError(
             "the merge changes nothing: rounding to the base's few bits undoes every change",
-            hint="write the touched tensors in a wider type: --quant q8_0 or --quant dequantize",
+            hint="use --rounding adapter-aware, or a wider type: --quant dequantize",
         )
     raise MatchError(
         "the merge changes nothing: every change is below the base's precision",

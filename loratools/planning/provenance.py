@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from loratools.basemodel import BaseModel
+from loratools.hub.references import plain_name
 from loratools.tensorfiles.gguf import GGUFHeader
 from loratools.tensorfiles.gguf_reading import Value
 from loratools.tensorfiles.gguf_types import ValueType
@@ -39,7 +39,7 @@ def provenance(base: BaseModel, adapters: Sequence[Merged]) -> dict[str, Value |
     """
     told = merged_adapters(base)
     for one in adapters:
-        name = Path(one.path).name
+        name = plain_name(one.path)
         undone = next((known for known in told if _undoes((name, one.strength), known)), None)
         if undone is not None:
             told.remove(undone)

@@ -1,4 +1,4 @@
-"""In which type a touched tensor is written, and what is left of the change when that is a few bits."""
+"""In which type a touched tensor is written, and what few bits leave of the change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from loratools.basemodel import BaseModel, BaseTensor
 from loratools.errors import OptionError, UnsupportedError
 from loratools.report import Note
 from loratools.streaming.blocks import TensorResult
@@ -15,12 +16,16 @@ from loratools.streaming.checkpoint import DTYPE_WORDS, output_dtype
 from loratools.streaming.stored import block_codec
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS, torch_dtype
+from loratools.tensorfiles.gguf import GGUFHeader
 
 KEEP, DEQUANTIZE = "keep", "dequantize"
 LEAST = 0.5
 """The share of a change below which losing the rest is warned of."""
 
-_BETTER = "--quant q8_0 or --quant dequantize keep it, for larger touched tensors"
+_BETTER = (
+    "--rounding adapter-aware keeps most of it in the same space, --quant dequantize (or, for GGUF, "
+    "--quant q8_0) in more"
+)
 
 
 def block_types() -> Mapping[str, str]:
@@ -41,6 +46,14 @@ def check_quant(quant: str) -> str:
             hint=f"{did_you_mean(word, known)}; see `loratools formats`",
         )
     return known[word]
+
+
+def row_length(base: BaseModel, tensor: BaseTensor) -> int:
+    """Return how long a tensor's rows are in its file, which folds some of image models'."""
+    for shard in base.shards:
+        if isinstance(shard.header, GGUFHeader) and tensor.name in shard.header.tensors:
+            return shard.header.tensors[tensor.name].shape[-1]
+    return tensor.shape[-1]
 
 
 def written_type(name: str, word: str, columns: int, quant: str, dtype: str) -> str:
@@ -73,6 +86,8 @@ def written_type(name: str, word: str, columns: int, quant: str, dtype: str) -> 
             f"{name}: stored as {chosen}, which can be read but not written",
             hint=f"{codec.remedy} Or: --quant q8_0, --quant dequantize",
         )
+    if chosen == word:
+        return chosen
     # Rows that are no whole blocks (llama.cpp falls back likewise) keep the smallest error.
     return chosen if columns % codec.elements == 0 else "Q8_0" if columns % 32 == 0 else "F16"
 

@@ -60,7 +60,7 @@ def writable_mix(name: str) -> Mix:
         row = GGML_TYPES.get(upper)
         remedy = row.codec.remedy if row else None
         raise UnsupportedError(
-            f"{name}: this type is chosen by an importance matrix of the model's activations, which "
+            f"{name}: this type takes an importance matrix of the model's activations, which "
             "weights alone do not give",
             hint=remedy or "choose a type that needs none: q2_k, q3_k_m, iq4_xs, q4_k_m ...",
         )
@@ -207,7 +207,8 @@ def _check_types(work: TensorWork) -> None:
 
 
 def _notes(base: BaseModel, types: Mapping[str, str], mix: Mix) -> Iterator[Note]:
-    again = Counter(t.dtype for n, t in base.tensors.items() if n in types and t.dtype not in DTYPES)
+    before = Counter(base.tensors[name].dtype for name in types)
+    again = {word: count for word, count in before.items() if word not in DTYPES}
     if again:
         kinds = ", ".join(f"{count} {word}" for word, count in again.items())
         yield Note(

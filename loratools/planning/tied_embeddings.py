@@ -292,6 +292,9 @@ def _same_bytes(one: BaseTensor, other: BaseTensor) -> bool:
         return True
     if one.values is not None and other.values is not None:
         return torch.equal(one.values, other.values)
+    if one.packed is not None and other.packed is not None:
+        pairs = zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=False)
+        return all(_same_bytes(part, counterpart) for part, counterpart in pairs)
     if one.start is None or other.start is None:
         return False
     left = nbytes = math.prod(one.shape) * DTYPES[one.dtype] // 8

@@ -89,6 +89,11 @@ def plan_restore(
     """
     if loaded:
         check_merged(merged, base, loaded, arch)
+    if base.packed and not merged.packed:
+        raise UnsupportedError(
+            f"{base.path} is quantised and {merged.path} is not: its tensors have no place there",
+            hint="use the base itself, or leave --base out to subtract",
+        )
     touched = set(plan_merge(base, loaded, arch=arch).placements) if loaded else set(base.tensors)
     added = {name for name in touched if name not in base.tensors and name in merged.tensors}
     if not loaded:
@@ -105,9 +110,7 @@ def plan_restore(
         for name, tensor in base.tensors.items()
         if name in touched or _looks_different(merged, base, name)
     }
-    checkpoint = plan_checkpoint(
-        merged, restored, dropped=added, config=_config_back(merged, base)
-    )
+    checkpoint = plan_checkpoint(merged, restored, dropped=added, config=_config_back(merged, base))
     if merged.is_gguf and base.is_gguf:
         return with_words(checkpoint, provenance_of(base, merged))
     return checkpoint
@@ -182,6 +185,10 @@ def plan_subtraction(
         UnsupportedError: a change that subtraction cannot undo.
     """
     problems = [line for one in loaded for line in _irreversible(one)]
+    if merged.packed:
+        problems.insert(
+            0, f"  {merged.path}: its weights have few bits, and rounding lost the rest"
+        )
     if problems:
         raise UnsupportedError(
             "subtraction cannot take this out again:\n" + "\n".join(problems),

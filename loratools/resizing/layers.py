@@ -32,6 +32,7 @@ from loratools.deltas.resizing import main_dtype, relative_error, resized_delta,
 from loratools.deltas.spectra import LayerSpectrum, in_threads, spectra_of_layers
 from loratools.deltas.spectral import matrix_shape
 from loratools.errors import NonFiniteError, UnsupportedError
+from loratools.linalg.finite import is_finite
 from loratools.linalg.spectra import retained_energy
 from loratools.planning.base_rows import BaseRows
 from loratools.resizing.ranks import Candidate
@@ -269,7 +270,7 @@ def _put_back(layer: ResizeLayer, new: AdditiveDelta) -> LayerDelta:
 
 def _check_finite(path: str, new: LayerDelta) -> None:
     for tensor in new.tensors().values():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise NonFiniteError(
                 f"{path}: a value of the resized layer is beyond {tensor.dtype}",
                 hint="use --dtype bf16 or fp32",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from loratools.adapter import Adapter
@@ -15,6 +14,7 @@ from loratools.compute import resolve_compute
 from loratools.deltas import AdditiveDelta, DoRA, ExpertLoRA, LayerDelta, MovedBase
 from loratools.deltas.spectra import spectra_of_layers
 from loratools.linalg import spectra
+from loratools.linalg.finite import is_finite
 
 _INNER: Mapping[type[LayerDelta], tuple[Callable[..., AdditiveDelta], str]] = {
     DoRA: (lambda delta: delta.inner, "of the change of direction, without the magnitudes"),
@@ -144,7 +144,7 @@ def additive_part(delta: LayerDelta) -> tuple[AdditiveDelta | None, str | None]:
     """
     if not delta.changes_weight:
         return None, _BIAS_ONLY
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in delta.tensors().values()):
+    if not all(is_finite(tensor) for tensor in delta.tensors().values()):
         return None, _NOT_FINITE
     if isinstance(delta, AdditiveDelta):
         return delta, None

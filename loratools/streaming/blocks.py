@@ -18,10 +18,16 @@ from loratools.basetensors import BaseTensor, elements
 from loratools.codecs.ggml_grids import GGML_GRIDS
 from loratools.deltas import RowFold
 from loratools.deltas.corner import take_corner
-from loratools.errors import CorruptFileError, InputError, LoratoolsError, NonFiniteError
+from loratools.errors import (
+    CorruptFileError,
+    InputError,
+    LoratoolsError,
+    NonFiniteError,
+    UnsupportedError,
+)
 from loratools.streaming.packed_source import PackedSource
 from loratools.streaming.stored import (
-    block_elements,
+    Storage,
     source_storage,
     stored_bytes,
     target_storage,
@@ -170,6 +176,9 @@ class Blocks:
         self.target = target_storage(work.dtype, work.source)
         self.dtype = torch.float32 if self.target.codec else self.target.dtype
         self.packed = PackedSource(work.source) if work.source.packed else None
+        # Rows that begin and end with a block: all, but for tensors that are folded in their file.
+        elements_each = math.lcm(self.source.elements, self.target.elements, max(self.columns, 1))
+        self.unit = elements_each // max(self.columns, 1)
         self.coded = self.target.codec is not None or work.is_packed
         rounding = work.rounding if self.coded and folds else None
         self.subspaces = Subspaces(rounding, *self._matrix(), device)
@@ -196,7 +205,7 @@ class Blocks:
         if shaped:
             block = _SHAPED_BLOCK.get(kind, _SHAPED_GPU_BLOCK)
         rows = max(1, block // max(self.columns, 1))
-        unit = self.packed.unit // max(self.columns, 1) if self.packed else 1
+        unit = self.packed.unit // max(self.columns, 1) if self.packed else self.unit
         return rows if unit < 2 else -(-rows // unit) * unit
 
     def _matrix(self) -> tuple[int, int]:
@@ -218,14 +227,14 @@ class Blocks:
         for start, stop in self._spans():
             raw = self._read(start, stop)
             out = self._fold_block(raw, start) if self.folds else self._cast(raw, start)
-            yield _bytes(out), start * self.target.items(self.columns) * self.target.dtype.itemsize
+            yield _bytes(out), self.target.items(start * self.columns) * self.target.dtype.itemsize
 
     def first(self) -> tuple[Tensor, Tensor]:
         """Return the first block before and after, in float32."""
         start, stop = next(self._spans())
         raw = self._read(start, stop)
-        before = self.source.decode(raw).to(torch.float32)
-        after = self.target.decode(self._fold_block(raw, start)) if self.folds else before
+        before = self._decoded(self.source, raw).to(torch.float32)
+        after = self._decoded(self.target, self._fold_block(raw, start)) if self.folds else before
         return before, after.to(torch.float32).reshape(before.shape).clone()
 
     def result(self) -> TensorResult:
@@ -270,21 +279,26 @@ class Blocks:
             return source.rows(start, stop)
         assert self.file is not None
         assert source.start is not None
-        items = self.source.items(columns)
-        raw = self.buffers.take("raw", self.source.dtype, (stop - start) * items)
-        at = source.start + start * items * self.source.dtype.itemsize
+        items = self.source.items((stop - start) * columns)
+        raw = self.buffers.take("raw", self.source.dtype, items)
+        at = source.start + self.source.items(start * columns) * self.source.dtype.itemsize
         view = _bytes(raw)
         if read_at(self.file, view, at) < len(view):
             raise CorruptFileError(
                 f"{source.file}: ends inside {source.name}", hint="was it changed meanwhile?"
             )
-        return raw.view(stop - start, items)
+        rows = 1 if self.unit > 1 else stop - start
+        return raw.view(rows, items // rows)
+
+    def _decoded(self, storage: Storage, raw: Tensor) -> Tensor:
+        """Return rows of numbers."""
+        return storage.decode(raw).view(-1, self.columns)
 
     def _wide(self, raw: Tensor, start: int) -> Tensor:
         """Return the block in the precision of the sum, on the device, substitutions made."""
         wide_dtype = torch.float64 if torch.float64 in (self.source.dtype, self.dtype) else None
         if self.source.codec:
-            wide = self.source.decode(raw.to(self.device))
+            wide = self._decoded(self.source, raw.to(self.device))
         else:
             wide = self._on_device("wide", raw, wide_dtype or torch.float32)
         for fold in self.folds:
@@ -315,14 +329,14 @@ class Blocks:
         wide, change, made = self._summed(raw, start)
         out = self._rounded(wide, start, raw)
         if self.target.codec:
-            error = self.target.decode(out.to(wide.device)).sub_(wide)
+            error = self._decoded(self.target, out.to(wide.device)).sub_(wide)
             self.losses.add(made, error, start)
         if not self.changed:
             self.changed = self._differs(out, raw, wide, change)
         return out
 
     def _original(self, raw: Tensor) -> Tensor:
-        return self.source.decode(raw.to(self.device)).to(torch.float32)
+        return self._decoded(self.source, raw.to(self.device)).to(torch.float32)
 
     def _rounded(self, wide: Tensor, start: int, raw: Tensor | None = None) -> Tensor:
         self._check(wide, start)
@@ -345,8 +359,13 @@ class Blocks:
         return wide.to(self.dtype).cpu()
 
     def _encoded(self, wide: Tensor, start: int, raw: Tensor | None) -> Tensor:
-        values = wide.to(torch.float32)
+        values = wide.to(torch.float32).view(1 if self.unit > 1 else len(wide), -1)
         frozen = GGML_GRIDS.get(self.target.word) if self.subspaces.strength is not None else None
+        if frozen is not None and self.unit > 1:
+            raise UnsupportedError(
+                f"{self.work.name}: its blocks run across rows, and rounding would have to follow",
+                hint="--rounding nearest, or --quant dequantize",
+            )
         try:
             if frozen is None or raw is None:
                 return self.target.encode(values).cpu()
@@ -401,16 +420,8 @@ class Blocks:
 
 
 def _leading(work: TensorWork) -> int:
-    """Return how many dimensions count as rows where no fold says it: as many as make whole blocks."""
-    if work.shape != work.source.shape:
-        return 1
-    if work.is_packed:
-        return max(len(work.shape) - 1, 1)
-    unit = max(block_elements(word) for word in (work.dtype, work.source.dtype))
-    if unit == 1:
-        return max(len(work.shape) - 1, 1)
-    most = range(len(work.shape) - 1, 0, -1)
-    return next((n for n in most if elements(work.shape[n:]) % unit == 0), 0)
+    """Return how many dimensions count as rows where no fold says it: all but the last."""
+    return 1 if work.shape != work.source.shape else max(len(work.shape) - 1, 1)
 
 
 def _non_finite_hint(value: float, dtype: str) -> str:

@@ -38,7 +38,7 @@ def gathered(
 
 
 class _Reader:
-    """Reads rows of the result in float32. A transposed matrix is held as a whole while it lasts."""
+    """Reads rows of the result in float32; a transposed matrix is held whole while it lasts."""
 
     def __init__(self, gather: Gather, sources: Sequence[BaseTensor], shift: float) -> None:
         self.gather = gather
@@ -131,4 +131,3 @@ def _read(source: BaseTensor, start: int, count: int) -> Tensor:
     finally:
         os.close(file)
     return raw
-

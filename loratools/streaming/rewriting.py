@@ -140,7 +140,9 @@ class _Runner:
             if source.start is None:
                 self._fold(_Fold(place.path, replace(place.work, whole=None), place.to))
             else:
-                self._copy(_Copy(place.path, source.file, source.start, place.to, place.work.nbytes))
+                self._copy(
+                    _Copy(place.path, source.file, source.start, place.to, place.work.nbytes)
+                )
         blocks = PackedBlocks(work, folds, self._buffers(), self.compute.device)
         blocks.measure()
         with ExitStack() as stack:

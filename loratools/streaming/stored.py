@@ -30,9 +30,14 @@ class Storage:
     dtype: torch.dtype
     codec: BlockCodec | None = None
 
-    def items(self, columns: int) -> int:
-        """Return how many items of ``dtype`` a row of so many numbers takes."""
-        return columns if self.codec is None else columns // self.codec.elements * self.codec.bytes
+    @property
+    def elements(self) -> int:
+        """How many numbers are coded together."""
+        return 1 if self.codec is None else self.codec.elements
+
+    def items(self, count: int) -> int:
+        """Return how many items of ``dtype`` so many numbers take, which are whole blocks."""
+        return count if self.codec is None else count // self.codec.elements * self.codec.bytes
 
     def decode(self, raw: Tensor) -> Tensor:
         """Return rows as numbers: those of plain types as they are, others in float32."""
@@ -71,7 +76,8 @@ def block_codec(word: str) -> BlockCodec:
 
     if word not in GGML_TYPES:
         raise UnsupportedError(
-            f"{word} tensors can neither be read nor written", hint=f"types: {', '.join(GGML_TYPES)}"
+            f"{word} tensors can neither be read nor written",
+            hint=f"types that can: {', '.join(GGML_TYPES)}",
         )
     return GGML_TYPES[word].codec
 

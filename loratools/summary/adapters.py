@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from loratools.adapter import Adapter
 from loratools.compute import resolve_compute
@@ -31,7 +32,9 @@ _WORDS = {
 """Fact → the words of a file's metadata that say it, the first that is there."""
 
 
-def describe_adapter(found: str, adapter: Adapter, path: str, base: int | None) -> Report:
+def describe_adapter(
+    found: str, adapter: Adapter, path: str, base: int | None, *, values: bool = True
+) -> Report:
     """Return the report of an adapter.
 
     Args:
@@ -39,8 +42,10 @@ def describe_adapter(found: str, adapter: Adapter, path: str, base: int | None) 
         adapter: the adapter.
         path: as the user gave it.
         base: the number of parameters of its base, if it is known.
+        values: whether its tensors hold their numbers, and not zeros in their place.
     """
-    items = tuple(in_threads(_layer_item, adapter.layers.items(), resolve_compute()))
+    measure = partial(_layer_item, values=values)
+    items = tuple(in_threads(measure, adapter.layers.items(), resolve_compute()))
     norms = [item["delta_norm"] for item in items if item["delta_norm"] is not None]
     words = _metadata_words(adapter)
     architecture, undecided = _architecture(found, adapter)
@@ -68,7 +73,7 @@ def describe_adapter(found: str, adapter: Adapter, path: str, base: int | None) 
     notes = (
         *([undecided] if undecided else []),
         *(Note(word) for word in adapter.notes),
-        *find_oddities(adapter, items),
+        *find_oddities(adapter, items, values=values),
     )
     return Report("inspect", (path,), None, facts, items, notes)
 
@@ -121,7 +126,7 @@ def _histogram(values: Iterator[Json]) -> dict[str, int]:
     return dict(Counter(f"{value:g}" for value in sorted(v for v in values if v is not None)))
 
 
-def _layer_item(layer: tuple[str, LayerDelta]) -> dict[str, Json]:
+def _layer_item(layer: tuple[str, LayerDelta], *, values: bool) -> dict[str, Json]:
     name, delta = layer
     tensors = delta.tensors()
     return {
@@ -133,7 +138,7 @@ def _layer_item(layer: tuple[str, LayerDelta]) -> dict[str, Json]:
         "shape": _shape(delta),
         "dtype": dtype_word(next(iter(tensors.values())).dtype),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "delta_norm": delta.norm(),
+        "delta_norm": delta.norm() if values else None,
     }
 
 

@@ -79,7 +79,8 @@ def describe_base(base: BaseModel, path: str) -> Report:
         "tied_embeddings": base.config_word("tie_word_embeddings"),
         "quantisation": _scheme(base.config_word("quantization_config")),
     }
-    return Report("inspect", (path,), None, {**facts, **gguf_facts(base)}, tuple(_tensor_items(base)))
+    facts |= gguf_facts(base)
+    return Report("inspect", (path,), None, facts, tuple(_tensor_items(base)))
 
 
 def _tensor_items(base: BaseModel) -> Iterator[dict[str, Json]]:

@@ -12,6 +12,9 @@ from loratools.adapter import Adapter
 from loratools.adapter_io import find_weights, open_adapter
 from loratools.basemodel import elements, is_pipeline, open_base, open_pipeline
 from loratools.errors import InputError, OptionError, UnknownFormatError
+from loratools.hub.sketching import is_sketch
+from loratools.hub.taking import takes_references
+from loratools.keymaps.detection import find_architecture
 from loratools.plots.alignment import draw_alignment
 from loratools.plots.files import check_plot, write_plot
 from loratools.plots.spectrum import draw_spectrum
@@ -30,6 +33,7 @@ PathLike = str | os.PathLike[str]
 _ADAPTER_WORDS = ("lora", "hada_w", "lokr_w", "dora_scale", "oft_blocks")
 
 
+@takes_references(path="anything", base="names")
 def summarize(
     path: PathLike,
     *,
@@ -64,7 +68,8 @@ def summarize(
             )
         given = str(path)
         return describe_pipeline(where, given) if is_pipeline(where) else _base(path)
-    report = describe_adapter(*found, str(path), _sizes_of(Path(base)) if base else None)
+    sizes = _sizes_of(Path(base)) if base else None
+    report = describe_adapter(*found, str(path), sizes, values=not is_sketch(where))
     if not spectrum and plot is None:
         return report
     return _with_spectrum(report, found[1], plot, overwrite)
@@ -118,10 +123,12 @@ def summarize_files(
         overwrite: replace an existing plot.
 
     Raises:
-        InputError: the only path cannot be read, or adapters of different architectures.
+        InputError: the only path cannot be read, an unknown architecture, or adapters of several.
         OptionError: a plot of several files, an alignment of one.
         OutputError: the plot's destination is refused.
     """
+    if arch is not None:
+        find_architecture(arch)
     if len(paths) > 1 and plot is not None and not alignment:
         raise OptionError(
             f"a plot shows one adapter, and these are {len(paths)}",

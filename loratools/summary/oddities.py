@@ -6,10 +6,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
 from loratools.adapter import Adapter, natural_key
 from loratools.deltas import AdditiveDelta
+from loratools.linalg.finite import is_finite
 from loratools.report import Json, Note
 from loratools.spectra.places import place_of
 from loratools.suggest import counted
@@ -18,9 +17,23 @@ _NUMBERS = re.compile(r"(?<=[._])\d+(?=[._]|$)")
 _SHOWN = 8
 
 
-def find_oddities(adapter: Adapter, items: Sequence[Mapping[str, Json]]) -> Iterator[Note]:
-    """Yield a note for each oddity; ``items`` are the rows of the adapter's layers."""
-    yield from _non_finite(adapter)
+def find_oddities(
+    adapter: Adapter, items: Sequence[Mapping[str, Json]], *, values: bool = True
+) -> Iterator[Note]:
+    """Yield a note for each oddity.
+
+    Args:
+        adapter: the adapter.
+        items: the rows of its layers.
+        values: whether its tensors hold their numbers.
+    """
+    if values:
+        yield from _non_finite(adapter)
+    else:
+        yield Note(
+            "only the header was fetched: norms, NaN and untrained layers are not looked at; "
+            "--spectrum fetches the weights"
+        )
     zero = [item["module"] for item in items if item["delta_norm"] == 0]
     if zero:
         words = "layer changes nothing" if len(zero) == 1 else "layers change nothing"
@@ -37,7 +50,7 @@ def find_oddities(adapter: Adapter, items: Sequence[Mapping[str, Json]]) -> Iter
 
 def _non_finite(adapter: Adapter) -> Iterator[Note]:
     for name, tensor in adapter.named_tensors():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             yield Note("holds NaN or infinity; merging it is refused", "warning", name)
 
 

@@ -123,7 +123,18 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
             memoryview(mapped) as view,
         ):
-            return _read(Cursor(view, path), size)
+            return parse_gguf_header(view, path, size)
+
+
+def parse_gguf_header(view: memoryview, path: Path, size: int) -> GGUFHeader:
+    """Validate a header from a file's first bytes, as ``read_gguf_header`` does.
+
+    Args:
+        view: as much of the file as is at hand; CorruptFileError where the header ends beyond it.
+        path: what the file is called.
+        size: bytes in the whole file.
+    """
+    return _read(Cursor(view, path), size)
 
 
 def _read(cursor: Cursor, size: int) -> GGUFHeader:

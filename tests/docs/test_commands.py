@@ -1,5 +1,9 @@
 """The commands in the documentation run and print what it says; the options are click's.
 
+A block ``console`` holds commands and their output; one whose first line names a file after the
+language (``yaml recipe.yaml``) is that file. ``loratools`` runs in this process, also before a pipe;
+jq, make and the like run in a shell.
+
 ``python tests/docs/test_commands.py`` writes the output of today into the pages; read the diff.
 """
 
@@ -10,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +35,7 @@ NAMES = [name for name, _ in cli.COMMANDS]
 HOME = "/home/me"
 """What the pages call the working directory."""
 
-_BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 
 
@@ -44,6 +49,18 @@ def make_files(folder: Path) -> None:
     write_kohya_sdxl(folder / "ink.safetensors")
 
 
+def console_blocks(text: str) -> list[str]:
+    """Return the blocks of commands."""
+    return [found["body"] for found in _BLOCK.finditer(text) if found["info"] == "console"]
+
+
+def write_file(found: re.Match[str]) -> None:
+    """Write a block that is a file into the working directory."""
+    _, _, name = found["info"].partition(" ")
+    if name:
+        Path(name).write_text(found["body"], "utf-8")
+
+
 def steps(block: str) -> Iterator[tuple[str, str]]:
     """Yield each command of a block with the output that follows it."""
     for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -53,16 +70,59 @@ def steps(block: str) -> Iterator[tuple[str, str]]:
 
 def execute(command: str) -> str:
     """Run one command line in the working directory; returns all that it prints."""
-    program, *arguments = shlex.split(command)
-    assert program == "loratools"
-    printed = io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(printed):
-        code = cli.run(arguments)
-    text = printed.getvalue().replace(str(Path.cwd()), HOME)
+    first, bar, rest = command.partition(" | ")
+    if not first.startswith("loratools "):
+        return in_shell(command)
+    code, out, err = in_process(first)
+    if bar:
+        assert code == 0, err
+        return in_shell(rest, out)
+    text = (out + err).replace(str(Path.cwd()), HOME)
     failed = text.startswith(("Error: ", '{\n  "schema": 1,\n  "error"'))
     # That adapters differ is an answer too.
     assert (code != 0) == (failed or "\n  same                 no\n" in text), text
     return text
+
+
+def in_process(command: str) -> tuple[int, str, str]:
+    """Run loratools; returns code, stdout, stderr. Only where nothing is piped, they are one."""
+    _, *words = shlex.split(command)
+    source = io.StringIO()
+    if "<" in words:
+        position = words.index("<")
+        source = io.StringIO(Path(words[position + 1]).read_text("utf-8"))
+        del words[position : position + 2]
+    out = err = io.StringIO()
+    if "--json" in words:
+        err = io.StringIO()
+    before, sys.stdin = sys.stdin, source
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = cli.run(words)
+    finally:
+        sys.stdin = before
+    return code, out.getvalue(), err.getvalue() if err is not out else ""
+
+
+def in_shell(command: str, given: str = "") -> str:
+    """Run a line in a shell that finds this loratools; skips where the program is missing."""
+    program = shlex.split(command)[0]
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "loratools"
+        start.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m loratools "$@"\n')
+        start.chmod(0o755)
+        paths = os.environ | {
+            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            ["sh", "-c", command],
+            check=False, capture_output=True, text=True, input=given, env=paths,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def agrees(found: str, written: str) -> bool:
@@ -112,8 +172,11 @@ def test_commands_print_what_the_page_says(
 ) -> None:
     make_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for block in _BLOCK.findall(page.read_text("utf-8")):
-        for command, written in steps(block):
+    for block in _BLOCK.finditer(page.read_text("utf-8")):
+        if block["info"] != "console":
+            write_file(block)
+            continue
+        for command, written in steps(block["body"]):
             found = execute(command)
             assert agrees(found, written), f"$ {command}\n{found}"
 
@@ -122,7 +185,7 @@ def test_commands_print_what_the_page_says(
 def test_every_command_has_its_page(name: str) -> None:
     page = ROOT / f"docs/{name}.md"
     assert page in PAGES
-    blocks = _BLOCK.findall(page.read_text("utf-8"))
+    blocks = console_blocks(page.read_text("utf-8"))
     shown = [command for block in blocks for command, _ in steps(block)]
     assert len([line for line in shown if line.startswith(f"loratools {name}")]) >= 1
     assert f"]({name}.md)" in (ROOT / "docs/index.md").read_text("utf-8")
@@ -174,25 +237,29 @@ def test_the_comparison_itself(found: str, written: str, expected: bool) -> None
 # ---------------------------------------------------------------------------- rewriting
 
 
-def rewritten(block: str) -> str:
-    """Return a block with today's output where it disagrees."""
+def rewritten(block: re.Match[str]) -> str:
+    """Return a block with today's output where it disagrees; a block that is a file is written."""
+    if block["info"] != "console":
+        write_file(block)
+        return block[0]
     text = ""
-    for command, written in steps(block):
+    for command, written in steps(block["body"]):
         found = execute(command)
         text += f"$ {command}\n{written if agrees(found, written) else found}"
-    return text
+    return f"```console\n{text}```"
 
 
 def main() -> None:
-    """Write today's output into every page."""
+    """Write today's output into every page, or into those that are named."""
     sys.path.insert(0, str(ROOT))
-    for page in PAGES:
+    named = [Path(name).resolve() for name in sys.argv[1:]]
+    for page in named or PAGES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()
             make_files(folder)
             os.chdir(folder)
             text = page.read_text("utf-8")
-            page.write_text(_BLOCK.sub(lambda match: rewritten(match[0]), text), "utf-8")
+            page.write_text(_BLOCK.sub(rewritten, text), "utf-8")
             os.chdir(ROOT)
             shutil.rmtree(folder / "merged", ignore_errors=True)
 

@@ -1,0 +1,57 @@
+"""``loratools dequantize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools._cli.options import (
+    DEVICE,
+    DRY_RUN,
+    OUTPUT,
+    OVERWRITE,
+    PATH,
+    examples,
+    output_options,
+)
+from loratools._cli.output import Output
+from loratools._cli.startup import import_torch
+
+
+@click.command(
+    "dequantize",
+    epilog=examples(
+        "loratools dequantize model-q4_k_m.gguf -o model-f16.gguf",
+        "loratools dequantize model-q8_0.gguf -o folder --base-config llama-3-8b --dtype bf16",
+    ),
+)
+@click.argument("base", type=PATH)
+@OUTPUT
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Float type of every matrix; by default fp16 for what was quantised.",
+)
+@click.option(
+    "--base-config",
+    type=PATH,
+    metavar="FOLDER",
+    help="Write a Hugging Face folder, with this one's config and tokenizer.",
+)
+@DEVICE
+@OVERWRITE
+@DRY_RUN
+@output_options
+def command(base: str, out: Output, **options: Any) -> None:
+    """Write the GGUF model BASE in plain numbers.
+
+    OUT is a .gguf file, a .safetensors file with the tensors in Hugging Face's names and layout,
+    or with --base-config a whole folder. What quantising lost stays lost.
+    """
+    import_torch()
+    from loratools.quantize import dequantize_base
+
+    with out.progress("dequantising") as progress:
+        report = dequantize_base(base, progress=progress, **options)
+    out.report(report)

@@ -1,0 +1,79 @@
+"""``loratools run``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools._cli.options import PATH, examples, output_options
+from loratools._cli.output import Output
+from loratools.errors import InputError, MissingFileError
+from loratools.report import Report
+
+if TYPE_CHECKING:
+    from loratools.recipes.steps import Step
+
+
+@click.command(
+    "run",
+    epilog=examples("loratools run recipe.yaml --dry-run", "loratools run - < recipe.yaml"),
+)
+@click.argument("recipe", type=PATH)
+@click.option("--all", "everything", is_flag=True, help="Run also the steps that are up to date.")
+@click.option("--overwrite", is_flag=True, help="Let every step replace its output.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, estimate memory, disk and bytes of each step, write nothing.",
+)
+@output_options
+def command(recipe: str, everything: bool, overwrite: bool, dry_run: bool, out: Output) -> int:
+    """Run the steps of RECIPE, a YAML file (- for standard input).
+
+    A step is a command with the words of the command line. Adapters without an output are handed on
+    in memory, as $NAME. Everything is checked before the first step runs, and steps whose inputs
+    and options are unchanged are skipped.
+    """
+    from loratools._cli.verbs import make_verbs
+    from loratools.recipes.running import run_recipe
+
+    def show(step: Step, reports: Sequence[Report]) -> None:
+        if not out.json and (out.verbose or (step.result is None and not dry_run)):
+            for report in reports:
+                out.report(report)
+
+    done = run_recipe(
+        _text(recipe),
+        recipe,
+        make_verbs(click.get_current_context(), out),
+        dry_run=dry_run,
+        everything=everything,
+        overwrite=overwrite,
+        show=show,
+    )
+    report = done.report
+    if out.json:
+        documents = {name: [one.to_dict() for one in each] for name, each in done.reports.items()}
+        report = replace(report, facts={**report.facts, "reports": documents})
+    out.report(report)
+    return done.code
+
+
+def _text(recipe: str) -> str:
+    """Return the recipe's text; raises MissingFileError, InputError."""
+    if recipe == "-":
+        return sys.stdin.read()
+    path = Path(recipe)
+    if not path.is_file():
+        raise MissingFileError(
+            f"no such file: {recipe}", hint="a recipe is a YAML file; - reads standard input"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{recipe}: not UTF-8 text", hint="save it again as UTF-8") from error

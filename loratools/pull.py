@@ -1,0 +1,111 @@
+"""Fetching a repository, or a part of it, out of the Hub's cache layout into plain files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loratools.errors import OptionError
+from loratools.hub.fetching import fetch_files, is_cached
+from loratools.hub.listing import Listing, list_files
+from loratools.hub.references import Reference, parse_repository
+from loratools.report import Json, Report
+from loratools.tensorfiles.atomic import require_space, staged_output
+from loratools.tensorfiles.destination import check_destination, settled
+
+PathLike = str | os.PathLike[str]
+
+
+def pull_from_hub(
+    repo_id: str,
+    output: PathLike,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Report:
+    """Write a repository's files, or the file or folder that a reference names, to ``output``.
+
+    A run that breaks off leaves what it has in a hidden folder beside ``output``, and the next one
+    goes on from there; ``output`` itself is complete or absent.
+
+    Args:
+        repo_id: ``OWNER/NAME``, or ``hf://OWNER/NAME[@REVISION][/PATH]``.
+        output: a folder; a file if the reference names one.
+        revision: a branch, tag or commit.
+        overwrite: replace an existing output.
+        dry_run: list and check, fetch nothing.
+
+    Raises:
+        HubError: no such repository, revision or path; no access; no answer.
+        OptionError: two revisions.
+        OutputError: the destination is refused.
+    """
+    reference = _with_revision(parse_repository(repo_id), revision)
+    listing = list_files(reference)
+    target = Path(output)
+    folder = not listing.is_file
+    check_destination(target, folder=folder, overwrite=overwrite)
+    require_space(target.parent, sum(listing.files[name] for name in listing.below))
+    report = _report(listing, None if dry_run else str(output))
+    if dry_run:
+        return report
+    work = _work_folder(target)
+    root = _fetch(listing, work)
+    with staged_output(target, folder=folder, overwrite=overwrite) as staged:
+        _place(listing, root, staged, moving=root == work)
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _with_revision(reference: Reference, revision: str | None) -> Reference:
+    if revision is None:
+        return reference
+    if reference.revision not in (None, revision):
+        raise OptionError(
+            f"{reference.text} says revision {reference.revision}, and --revision {revision}",
+            hint="say one of them",
+        )
+    return replace(reference, revision=revision)
+
+
+def _work_folder(target: Path) -> Path:
+    place = settled(target)
+    return place.parent / f".{place.name}.loratools-pull"
+
+
+def _fetch(listing: Listing, work: Path) -> Path:
+    """Return the folder that has the files: the cache, or ``work`` where they are fetched to."""
+    if listing.commit is None or is_cached(listing, listing.below):
+        return fetch_files(listing, listing.below)
+    return fetch_files(listing, listing.below, into=work)
+
+
+def _place(listing: Listing, root: Path, staged: Path, *, moving: bool) -> None:
+    """Move or copy what was fetched, without the path that leads to it in the repository."""
+    start = len(listing.reference.path) + 1 if listing.reference.path else 0
+    for name in listing.below:
+        target = staged if listing.is_file else staged / name[start:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if moving:
+            (root / name).replace(target)
+        else:
+            shutil.copyfile(root / name, target)
+
+
+def _report(listing: Listing, output: str | None) -> Report:
+    items: Sequence[dict[str, Json]] = [
+        {"file": name, "bytes": listing.files[name]} for name in listing.below
+    ]
+    facts: dict[str, Json] = {
+        "repository": listing.reference.repo,
+        "revision": listing.reference.revision,
+        "commit": listing.commit,
+        "files": len(items),
+        "bytes": sum(item["bytes"] for item in items),
+    }
+    text = listing.reference.text
+    return Report("pull", (text,), output, facts, tuple(items), dry_run=output is None)

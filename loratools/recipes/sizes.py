@@ -1,0 +1,138 @@
+"""Estimates of what a step reads, writes and holds in memory, from sizes and headers alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratools.errors import LoratoolsError
+from loratools.held import held_bytes, is_held
+from loratools.recipes.steps import Step
+from loratools.report import Json, Report
+from loratools.tensorfiles.header import TensorSpec, read_header
+
+_WIDE = 3
+"""Memory per stored byte of an adapter: what is read, and float32 of half precision."""
+
+_BLOCKS = 100_000_000
+"""Bytes of buffers with which a model is rewritten, whatever its size (measured: 0.1 GB)."""
+
+_MATRICES = 6
+"""Float32 copies of the largest matrix where two models are compared."""
+
+_SIZES = ("bytes_written", "bytes_after")
+"""Facts that say what a dry run would write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a step takes, in bytes.
+
+    Attributes:
+        read: of all inputs.
+        written: to disk; 0 for what stays in memory.
+        held: of its result, wherever that goes.
+        memory: at its peak, beside what other steps hold, Python and torch.
+    """
+
+    read: int
+    written: int
+    held: int
+    memory: int
+
+
+def estimate(step: Step, reports: Sequence[Report], sizes: Mapping[str, int]) -> Cost:
+    """Return a step's cost.
+
+    Args:
+        step: the step.
+        reports: of its dry run, if there was one.
+        sizes: result → bytes, of the steps before it.
+    """
+    read = {path: sizes.get(path, stored_bytes(path)) for path in step.inputs}
+    models = sum(read[path] for path in step.models)
+    adapters = sum(read.values()) - models
+    first = read[step.models[0]] if step.models else adapters
+    result = _result(step, reports, first)
+    memory = _WIDE * adapters
+    makes_adapter = bool(step.verb.result and step.verb.result.adapter and step.result)
+    if makes_adapter:
+        memory += _WIDE * result
+    if step.models:
+        memory += _MATRICES * _largest(step.models) if makes_adapter else _BLOCKS
+    return Cost(sum(read.values()), 0 if step.held else result, result, memory)
+
+
+def _result(step: Step, reports: Sequence[Report], otherwise: int) -> int:
+    """Return the bytes of a step's result: made, said by its dry run, or as much as its input."""
+    if step.result is None:
+        return 0
+    if found := held_bytes(step.result):
+        return found
+    said = [report.facts[name] for report in reports for name in _SIZES if name in report.facts]
+    return sum(said) if said else otherwise
+
+
+def stored_bytes(path: str) -> int:
+    """Return the size of a file, of all files in a folder, or of a value in memory."""
+    if is_held(path):
+        return held_bytes(path)
+    place = Path(path)
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _largest(paths: Iterable[str]) -> int:
+    """Return the bytes in float32 of the largest tensor in safetensors files."""
+    files = [file for path in paths for file in _safetensors(Path(path))]
+    sizes = [spec.elements for file in files for spec in _header(file)]
+    return 4 * max(sizes, default=0)
+
+
+def _safetensors(place: Path) -> Iterator[Path]:
+    if place.is_dir():
+        yield from place.rglob("*.safetensors")
+    elif place.suffix == ".safetensors":
+        yield place
+
+
+def _header(file: Path) -> Sequence[TensorSpec]:
+    try:
+        return tuple(read_header(file).tensors.values())
+    except LoratoolsError:
+        # The step itself will say so.
+        return ()
+
+
+def totals(rows: Sequence[tuple[Step, Cost]]) -> dict[str, Json]:
+    """Return the sums, and the peak of memory: a step's own and what is held for later ones."""
+    peak = 0
+    for position, (_, cost) in enumerate(rows):
+        later = {path for step, _ in rows[position:] for path in step.inputs}
+        kept = [c.held for s, c in rows[:position] if s.held and s.result in later]
+        peak = max(peak, cost.memory + sum(kept))
+    return {
+        "bytes_read": sum(cost.read for _, cost in rows),
+        "bytes_written": sum(cost.written for _, cost in rows),
+        "bytes_memory": peak,
+    }
+
+
+def shortages(rows: Sequence[tuple[Step, Cost]]) -> Iterator[str]:
+    """Yield what does not fit on the disks that it goes to."""
+    wanted: dict[int, int] = {}
+    free: dict[int, tuple[int, str]] = {}
+    for step, cost in rows:
+        for output in step.outputs[:1]:
+            place = Path(output).absolute()
+            while not place.exists():
+                place = place.parent
+            device = place.stat().st_dev
+            wanted[device] = wanted.get(device, 0) + cost.written
+            free[device] = shutil.disk_usage(place).free, output
+    for device, size in wanted.items():
+        left, output = free[device]
+        if size > left:
+            yield f"{size} bytes are needed where {output} goes, and {left} are free"
