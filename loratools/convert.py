@@ -26,7 +26,7 @@ from loratools.keymaps.translate import (
 )
 from loratools.keymaps.vocabulary import vocabulary_of
 from loratools.planning.base_names import common_architecture
-from loratools.planning.merge_plan import check_finite
+from loratools.planning.finite import check_finite
 from loratools.report import Json, Note, Report
 from loratools.tensorfiles.destination import check_destination
 

@@ -19,7 +19,7 @@ from loratools.held import held_bytes, is_held
 from loratools.hub.taking import takes_references
 from loratools.keymaps.detection import find_architecture
 from loratools.planning.base_rows import BaseRows, layer_norms, locate_layers
-from loratools.planning.merge_plan import check_finite
+from loratools.planning.finite import check_finite
 from loratools.report import Json, Note, Report
 from loratools.resizing.layers import (
     Resized,

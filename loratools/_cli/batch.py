@@ -76,14 +76,14 @@ def run_each(
     if many:
         _check_pairs(pairs, overwrite=overwrite)
     reports: list[Report] = []
-    for path, target in pairs:
-        try:
-            reports.append(work(path, target))
-        except LoratoolsError as error:
-            written = [report.output for report in reports if report.output]
-            if written:
-                error.message += f"\n(written before: {', '.join(written)})"
-            raise
+    try:
+        # One by one: what is there when one fails is told.
+        reports.extend(work(path, target) for path, target in pairs)
+    except LoratoolsError as error:
+        written = [report.output for report in reports if report.output]
+        if written:
+            error.message += f"\n(written before: {', '.join(written)})"
+        raise
     return reports
 
 

@@ -27,7 +27,7 @@ from loratools.keymaps.gguf_naming import concerns_gguf, in_transformers_naming
 from loratools.keymaps.target import NAMINGS, Naming
 from loratools.keymaps.translate import in_one_naming
 from loratools.merge_methods.method import Method
-from loratools.planning.merge_plan import check_finite
+from loratools.planning.finite import check_finite
 from loratools.report import Note
 from loratools.tensorfiles.destination import check_destination
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from loratools.codecs.ggml import GGML_TYPES
 from loratools.errors import OptionError, UnknownFormatError, UnsupportedError
 from loratools.formats.format import Bundle
 from loratools.tensorfiles.gguf import GGUFTensor, read_gguf_header
@@ -18,8 +18,25 @@ from loratools.tensorfiles.gguf_words import metadata_from_words, words_from_met
 from loratools.tensorfiles.gguf_writing import Entry, save_gguf
 from loratools.tensorfiles.inputs import open_input, quoted
 
+if TYPE_CHECKING:
+    from loratools.codecs.block import BlockCodec
 
-_Q8_0 = GGML_TYPES["Q8_0"].codec
+
+_VERSION = {"general.quantization_version": "2"}
+
+
+def _codec(kind: str) -> BlockCodec | None:
+    """Return the codec of a block type; the table is imported on use, as few files need it."""
+    from loratools.codecs.ggml import GGML_TYPES
+
+    row = GGML_TYPES.get(kind)
+    return row.codec if row else None
+
+
+def _q8_0() -> BlockCodec:
+    codec = _codec("Q8_0")
+    assert codec is not None
+    return codec
 
 
 def is_gguf(path: Path) -> bool:
@@ -55,12 +72,13 @@ def _decoded(tensor: GGUFTensor, raw: Tensor) -> Tensor:
     kind = tensor.type.name
     if kind in TORCH_DTYPES:
         return raw
-    if kind not in GGML_TYPES:
+    codec = _codec(kind)
+    if codec is None:
         raise UnsupportedError(
             f"{tensor.file}: {tensor.name} is stored as {kind}",
             hint="convert the adapter again as f32, f16, bf16 or q8_0",
         )
-    return GGML_TYPES[kind].codec.decode(raw)
+    return codec.decode(raw)
 
 
 def save_bundle(path: Path, bundle: Bundle, storage: str | None = None) -> None:
@@ -80,7 +98,7 @@ def save_bundle(path: Path, bundle: Bundle, storage: str | None = None) -> None:
         raise OptionError(f"unknown storage {storage!r}", hint="use q8_0")
     metadata = metadata_from_words(bundle.metadata)
     if storage:
-        metadata |= metadata_from_words({"general.quantization_version": "2"})
+        metadata |= metadata_from_words(_VERSION)
     entries = [
         _small(name, tensor) if storage else plain_entry(name, tensor)
         for name, tensor in bundle.tensors.items()
@@ -93,17 +111,19 @@ def rounded_to(bundle: Bundle, storage: str | None) -> Bundle:
     if storage is None:
         return bundle
     tensors = {name: _rounded(tensor) for name, tensor in bundle.tensors.items()}
-    return replace(bundle, tensors=tensors)
+    return replace(bundle, tensors=tensors, metadata={**bundle.metadata, **_VERSION})
 
 
 def _rounded(tensor: Tensor) -> Tensor:
-    if tensor.shape[-1] % _Q8_0.elements:
+    codec = _q8_0()
+    if tensor.shape[-1] % codec.elements:
         return tensor.to(torch.float16)
-    return _Q8_0.decode(_Q8_0.encode(tensor.to(torch.float32).contiguous()))
+    return codec.decode(codec.encode(tensor.to(torch.float32).contiguous()))
 
 
 def _small(name: str, tensor: Tensor) -> tuple[Entry, memoryview]:
-    if tensor.shape[-1] % _Q8_0.elements:
+    codec = _q8_0()
+    if tensor.shape[-1] % codec.elements:
         return plain_entry(name, tensor.to(torch.float16))
-    raw = _Q8_0.encode(tensor.to(torch.float32).contiguous())
-    return block_entry(name, _Q8_0.name, tuple(tensor.shape), raw)
+    raw = codec.encode(tensor.to(torch.float32).contiguous())
+    return block_entry(name, codec.name, tuple(tensor.shape), raw)

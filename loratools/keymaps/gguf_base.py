@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.errors import (
     CorruptFileError,
@@ -16,13 +16,15 @@ from loratools.errors import (
     UnsupportedError,
 )
 from loratools.keymaps.gguf_config import BaseConfig, config_from_gguf, flat_config
-from loratools.keymaps.gguf_model import GGUFModel
-from loratools.keymaps.gguf_models import MODELS
-from loratools.keymaps.gguf_names import bare_names, names_of
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.gguf_split import open_gguf
 from loratools.tensorfiles.header import read_header
 from loratools.tensorfiles.sharded import read_index
+
+if TYPE_CHECKING:
+    from loratools.keymaps.gguf_model import GGUFModel
+
+# The rows of all models are many, and most runs need none: they are imported on use.
 
 CONFIG_WORD = "loratools.base_config"
 """Metadata key under which converted adapters keep what the way back needs of the base's config."""
@@ -59,6 +61,8 @@ class GGUFBase:
     @cached_property
     def named_parameters(self) -> Shapes:
         """The checkpoint's shapes by every spelling of their modules' names."""
+        from loratools.keymaps.gguf_names import bare_names
+
         found = (self.parameters or {}).items()
         return {bare: shape for name, shape in found for bare in bare_names(name)}
 
@@ -87,6 +91,7 @@ class GGUFBase:
 
         Raises UnsupportedError for models whose adapters have no place in GGUF.
         """
+        from loratools.keymaps.gguf_names import names_of
 
         def known(model: GGUFModel) -> int:
             names = names_of(model)
@@ -129,6 +134,8 @@ def base_from_config(
     fields = flat_config(config)
     classes = fields.get("architectures") or []
     name = str(classes[0]) if isinstance(classes, list) and classes else ""
+    from loratools.keymaps.gguf_models import MODELS
+
     models = tuple(model for model in MODELS if name in model.classes)
     if not models:
         raise UnknownArchitectureError(
@@ -142,6 +149,8 @@ def base_from_arch(
     arch: str, source: str, config: Mapping[str, Any], tensors: Shapes | None = None
 ) -> GGUFBase:
     """Return the base that an architecture's id stands for; raises UnknownArchitectureError."""
+    from loratools.keymaps.gguf_models import MODELS
+
     models = tuple(model for model in MODELS if model.arch == arch)
     if not models:
         raise UnknownArchitectureError(

@@ -15,9 +15,7 @@ from loratools.keymaps.gguf_base import (
     base_from_words,
     open_gguf_base,
 )
-from loratools.keymaps.gguf_from import from_gguf
 from loratools.keymaps.gguf_runtime import ignored_by_llama_cpp
-from loratools.keymaps.gguf_to import to_gguf
 
 NAMING = "gguf"
 _NEEDS_BASE = "name the base model with --base: its folder, its config.json, or its GGUF file"
@@ -49,6 +47,8 @@ def renamed_gguf(
     if adapter.naming == naming and base is None:
         return adapter
     if adapter.naming == NAMING:
+        from loratools.keymaps.gguf_from import from_gguf
+
         plain = from_gguf(adapter, base or base_from_words(adapter.metadata, "the adapter"))
         return _as_named(plain, naming, base, for_merge=for_merge)
     if adapter.naming != "transformers":
@@ -63,6 +63,8 @@ def renamed_gguf(
             "names and layout in GGUF depend on the base model, and none is given",
             hint=_NEEDS_BASE,
         )
+    from loratools.keymaps.gguf_to import to_gguf
+
     return to_gguf(adapter, found, for_merge=for_merge)
 
 
@@ -106,6 +108,8 @@ def _as_named(
     if naming == NAMING and base is not None:
         # There and back again: fused as this base has it.
         metadata = {k: v for k, v in plain.metadata.items() if k != "adapter_config.json"}
+        from loratools.keymaps.gguf_to import to_gguf
+
         done = to_gguf(plain, base, for_merge=for_merge)
         return replace(done, metadata={**metadata, **done.metadata})
     raise UnsupportedError(

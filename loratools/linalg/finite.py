@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinity; for every dtype, where ``isfinite`` has gaps."""
+    """Return whether no element is NaN or infinity, for every dtype (``isfinite`` has gaps)."""
     return bool(torch.isfinite(widened(tensor)).all())
 
 

@@ -61,9 +61,7 @@ def _renamed_layers(
     return {name: layers[path] for path, name in found.items() if name is not None}
 
 
-def _renamed_extra(
-    name: str, extra: Extra, model: GGUFModel, base: BaseModel
-) -> tuple[str, Extra]:
+def _renamed_extra(name: str, extra: Extra, model: GGUFModel, base: BaseModel) -> tuple[str, Extra]:
     end = next((end for end in _ENDS if name.endswith(end)), "")
     path = _name(name.removesuffix(end), model, base)
     if name in base.tensors:
@@ -99,9 +97,7 @@ def _check_shape(name: str, extra: Extra, target: str, base: BaseModel) -> None:
     if target == _TABLES[1] and there is None and _TABLES[0] in base.tensors:
         shape = base.tensors[_TABLES[0]].shape
     if shape is None:
-        raise MatchError(
-            f"{name}: {base.path} has no {target}", hint="is this the adapter's base?"
-        )
+        raise MatchError(f"{name}: {base.path} has no {target}", hint="is this the adapter's base?")
     ours = extra.weight_shape
     fits = ours[1:] == shape[1:] and ours[0] <= shape[0]
     if ours != shape and not (isinstance(extra, RowReplacement) and fits):

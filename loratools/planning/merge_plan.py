@@ -16,8 +16,9 @@ from loratools.adapter import Adapter
 from loratools.adapter_io import load_adapter
 from loratools.basemodel import BaseModel, BaseTensor
 from loratools.deltas import Replacement, RowReplacement
-from loratools.errors import MatchError, NonFiniteError, OptionError, UnsupportedError
+from loratools.errors import MatchError, OptionError, UnsupportedError
 from loratools.planning.base_names import in_base_names
+from loratools.planning.finite import check_finite
 from loratools.planning.labels import label_words
 from loratools.planning.packed_bases import (
     dequantised_config,
@@ -49,7 +50,6 @@ from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS, dtype_word, torch_
 PathLike = str | os.PathLike[str]
 AdapterInput = PathLike | tuple[PathLike, float]
 
-_CHUNK = 1 << 22
 _WHOLE_WORDS = frozenset({"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"})
 _ONE_OF_THEM = "merge one of them first, or take the tensor out of the other"
 
@@ -114,22 +114,6 @@ def load_adapters(
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], (int, float))
-
-
-def check_finite(adapter: Adapter, source: str) -> None:
-    """Raise NonFiniteError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in adapter.named_tensors():
-        # In chunks: a replaced embedding may be as large as a gigabyte.
-        for chunk in torch.split(tensor.flatten(), _CHUNK):
-            # A sum is finite only if its terms are, and takes a thirtieth of looking at each.
-            wide = chunk.float() if chunk.element_size() == 1 else chunk
-            total = float(wide.sum(dtype=torch.float32))
-            if not math.isfinite(total) and not bool(torch.isfinite(wide).all()):
-                kind = "NaN" if bool(torch.isnan(wide).any()) else "infinity"
-                raise NonFiniteError(
-                    f"{source}: {name} holds {kind}",
-                    hint="training diverged or the file is damaged; use an earlier checkpoint",
-                )
 
 
 def plan_merge(

@@ -109,7 +109,7 @@ def _execute_one(
     if step.held:
         done.states[step.result or ""] = state
     if decision.why is None:
-        done.rows.append(_row(decision))
+        done.rows.append(_row(decision, bytes_written=None))
         return
     with _named(source, step):
         outcome = step.verb.run(_words(step, overwrite))
@@ -220,7 +220,6 @@ def _row(decision: Decision, **more: Any) -> dict[str, Json]:
         "verb": step.verb.name,
         "action": "run" if decision.why else "skip",
         "output": step.result,
-        "bytes_written": None,
         **more,
         "why": decision.why,
     }

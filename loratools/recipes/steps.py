@@ -82,28 +82,28 @@ def check_steps(
     nothing, missing inputs, outputs that collide, circles.
     """
     faults: list[Fault] = []
-    for one in written:
-        faults += _word_faults(one, verbs[one.verb])
     mentioned = {name for one in written for name in _mentions(one)}
     drafts = {
         one.name.text: _draft(one, verbs[one.verb], one.name.text in mentioned) for one in written
     }
-    raise_faults(source, faults)
-    steps = [_step(draft, drafts, faults) for draft in drafts.values()]
-    raise_faults(source, faults)
-    made = producers({step.name: step.outputs for step in steps})
-    linked = [_with_needs(step, made) for step in steps]
-    lines = {step.name: step.line for step in linked}
-    order = in_order({step.name: step.needs for step in linked}, lines, faults)
-    for step in linked:
+    steps = []
+    for draft in drafts.values():
+        before = len(faults)
+        faults += _word_faults(draft.written, draft.verb)
+        if len(faults) == before and (step := _step(draft, drafts, faults)):
+            steps.append(step)
+    made = producers({name: _outputs_of(draft) for name, draft in drafts.items()})
+    linked = {step.name: _with_needs(step, made) for step in steps}
+    for step in linked.values():
         faults += _input_faults(step, made)
         if step.held and step.name not in mentioned:
             hint = f"give it an `output:`, or let a step read {MARK}{step.name}"
             faults.append(Fault(step.line, f"step {step.name}: nothing uses its adapter", hint))
-    faults += _collisions(linked)
+    faults += _collisions(steps)
+    needs = {name: [one for one in step.needs if one in linked] for name, step in linked.items()}
+    order = in_order(needs, {name: step.line for name, step in linked.items()}, faults)
     raise_faults(source, faults)
-    found = {step.name: step for step in linked}
-    return tuple(found[name] for name in order)
+    return tuple(linked[name] for name in order)
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────
@@ -155,20 +155,30 @@ def _draft(step: WrittenStep, verb: Verb, mentioned: bool) -> _Draft:
     return _Draft(step, verb, MARK + step.name.text if held else path, held)
 
 
+def _outputs_of(draft: _Draft) -> list[str]:
+    """Return the paths that a step is written to write."""
+    options = draft.written.options
+    names = [name for name, one in draft.verb.options.items() if one.role == "output"]
+    given = [options[name].words for name in names if name in options]
+    return [words[0].text for words in given if words]
+
+
 # ── from words to values ─────────────────────────────────────────────────────────────────────
 
 
-def _step(draft: _Draft, drafts: Mapping[str, _Draft], faults: list[Fault]) -> Step:
+def _step(draft: _Draft, drafts: Mapping[str, _Draft], faults: list[Fault]) -> Step | None:
+    """Return a step with its words parsed, or None with what is wrong among ``faults``."""
     step, verb, before = draft.written, draft.verb, len(faults)
     needs = tuple(dict.fromkeys(_mentions(step)))
     words = [*_option_words(draft, drafts, faults), "--"]
     words += [_resolved(word, step, drafts, faults) for word in step.arguments]
-    values: Mapping[str, Any] = {}
-    if len(faults) == before:
-        try:
-            values = verb.parse(words)
-        except LoratoolsError as error:
-            faults.append(_fault(step.name.line, step, error))
+    if len(faults) > before:
+        return None
+    try:
+        values = verb.parse(words)
+    except LoratoolsError as error:
+        faults.append(_fault(step.name.line, step, error))
+        return None
     paths = {role: list(_paths(verb, values, role)) for role in ("input", "output")}
     inputs = [path for parameter in paths["input"] for path in parameter[1]]
     models = [path for one, found in paths["input"] if not one.adapter for path in found]

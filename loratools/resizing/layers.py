@@ -227,7 +227,7 @@ def resize_layers(
 ) -> list[Resized]:
     """Return every layer at its rank, in order.
 
-    Raises NonFiniteError for a value that the dtype cannot hold.
+    Raises NonFiniteError or UnsupportedError for values that the dtype cannot hold.
     """
 
     def one(pair: tuple[ResizeLayer, int]) -> Resized:
@@ -235,7 +235,7 @@ def resize_layers(
         if isinstance(layer.old, DoRA):
             return _resized_dora(layer, rank, rows, dtype, balanced)
         new = resized_delta(layer.spectrum, rank, dtype=dtype, balanced=balanced)
-        _check_finite(layer.path, new)
+        _check_values(layer, new)
         error = squared_error(layer.spectrum, new)
         return Resized(layer, _put_back(layer, new), rank, _retained(layer, rank), error)
 
@@ -252,7 +252,7 @@ def _resized_dora(
     new = resized_dora(
         layer.old, layer.gained, layer.spectrum, weight, rank, dtype=dtype, balanced=balanced
     )
-    _check_finite(layer.path, new)
+    _check_values(layer, new)
     error = adapted_error(layer.old, new, weight)
     return Resized(layer, new, rank, _retained(layer, rank), error)
 
@@ -268,13 +268,20 @@ def _put_back(layer: ResizeLayer, new: AdditiveDelta) -> LayerDelta:
     return replace(layer.old, parts=parts)
 
 
-def _check_finite(path: str, new: LayerDelta) -> None:
+def _check_values(layer: ResizeLayer, new: LayerDelta) -> None:
+    """Raise NonFiniteError or UnsupportedError for values that the dtype cannot hold."""
     for tensor in new.tensors().values():
         if not is_finite(tensor):
             raise NonFiniteError(
-                f"{path}: a value of the resized layer is beyond {tensor.dtype}",
+                f"{layer.path}: a value of the resized layer is beyond {tensor.dtype}",
                 hint="use --dtype bf16 or fp32",
             )
+    if new.is_zero and layer.energy > 0:
+        raise UnsupportedError(
+            f"{layer.path}: the values of the resized layer are all 0 in the float type of the "
+            "output",
+            hint="use --dtype bf16 or fp32",
+        )
 
 
 def blank_layer(layer: ResizeLayer, rank: int, dtype: torch.dtype | None) -> LayerDelta:

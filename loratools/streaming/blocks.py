@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loratools.basetensors import BaseTensor, elements
 from loratools.codecs.ggml_grids import GGML_GRIDS
+from loratools.codecs.packers import Packer
 from loratools.deltas import RowFold
 from loratools.deltas.corner import take_corner
 from loratools.errors import (
@@ -58,7 +59,9 @@ class TensorWork:
             each dimension.
         folds: prepares the changes on a device, or ``None`` if there are none.
         rounding: how codes are chosen where the output has few bits; nearest, if not said.
+        packer: codes a float source into a scheme of several stored tensors.
         whole: the packed weight that this stored tensor is a part of, if it is one.
+        role: which part.
     """
 
     name: str
@@ -67,7 +70,9 @@ class TensorWork:
     source: BaseTensor
     folds: MakeFolds | None = None
     rounding: Rounding | None = None
+    packer: Packer | None = None
     whole: TensorWork | None = None
+    role: str = ""
 
     @property
     def elements(self) -> int:
@@ -77,6 +82,9 @@ class TensorWork:
     @property
     def nbytes(self) -> int:
         """Size in the output."""
+        if self.packer:
+            fresh = self.packer.parts(self.shape, self.source.dtype).values()
+            return sum(stored_bytes(part.dtype, part.shape) for part in fresh)
         if self.is_packed and self.source.packed:
             parts = self.source.packed.tensors.values()
             return sum(stored_bytes(part.dtype, part.shape) for part in parts)
@@ -84,14 +92,15 @@ class TensorWork:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the output is in the source's own scheme of several stored tensors."""
-        return self.source.packed is not None and self.dtype == self.source.packed.scheme
+        """Whether the output is several stored tensors."""
+        own = self.source.packed is not None and self.dtype == self.source.packed.scheme
+        return own or self.packer is not None
 
     @property
     def is_copy(self) -> bool:
         """Whether the output's bytes are the source's."""
         same = (self.dtype, self.shape) == (self.source.dtype, self.source.shape)
-        own = self.is_packed or (same and self.source.packed is None)
+        own = (self.is_packed and self.packer is None) or (same and self.source.packed is None)
         return self.folds is None and own
 
 
@@ -173,7 +182,7 @@ class Blocks:
         self.rows = elements(work.shape[:leading])
         self.columns = elements(work.shape) // self.rows if self.rows else 0
         self.source = source_storage(work.source)
-        self.target = target_storage(work.dtype, work.source)
+        self.target = target_storage(work.dtype, packed=work.is_packed)
         self.dtype = torch.float32 if self.target.codec else self.target.dtype
         self.packed = PackedSource(work.source) if work.source.packed else None
         # Rows that begin and end with a block: all, but for tensors that are folded in their file.

@@ -16,6 +16,7 @@ from loratools.compute import Compute
 from loratools.errors import OutputError
 from loratools.streaming.blocks import TensorResult, TensorWork
 from loratools.streaming.layouts import FileWork
+from loratools.streaming.packing import part_works
 from loratools.streaming.rewriting import Progress, rewrite
 from loratools.tensorfiles.atomic import require_space, staged_output
 from loratools.tensorfiles.dtypes import FLOAT_WORDS
@@ -96,14 +97,17 @@ def _works(
         # It only matters beside a quantised weight.
         if base.companions[tensor.name] in works and works[base.companions[tensor.name]].is_packed:
             yield unchanged(tensor)
+    elif whole.packer:
+        yield from part_works(whole)
     elif not whole.is_packed:
         if whole.name not in done:
             yield whole
         done.add(whole.name)
     elif whole.source.packed:
         # The source's own part, which is another model's where one is restored from its base.
-        parts = {part.name: part for part in whole.source.packed.tensors.values()}
-        yield replace(unchanged(parts[tensor.name]), whole=whole)
+        roles = {part.name: (role, part) for role, part in whole.source.packed.tensors.items()}
+        role, part = roles[tensor.name]
+        yield replace(unchanged(part), whole=whole, role=role)
 
 
 def with_words(checkpoint: Checkpoint, words: Mapping[str, Value | None]) -> Checkpoint:

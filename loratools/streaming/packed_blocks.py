@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loratools.basetensors import BaseTensor, elements
+from loratools.basetensors import elements
 from loratools.codecs.grid import Grid
 from loratools.codecs.packed import Patch
 from loratools.streaming.blocks import Blocks
@@ -53,17 +53,17 @@ def _same_where_equal(grid: Grid, before: Tensor, codes: Tensor) -> Tensor:
     return torch.where(same, before, codes)
 
 
-def write_patch(target: int, offset: int, part: BaseTensor, patch: Patch) -> None:
-    """Write a patch of the stored tensor ``part``, which begins at ``offset`` of an open file."""
+def write_patch(target: int, offset: int, shape: tuple[int, ...], patch: Patch) -> None:
+    """Write a patch of a stored tensor of ``shape``, which begins at ``offset`` of an open file."""
     values = patch.values.contiguous()
     size = values.element_size()
     if patch.axis is None:
         write_at(target, _bytes(values), offset + patch.start * size)
         return
     # One run of bytes for every index of the axes before.
-    inner = elements(part.shape[patch.axis + 1 :])
-    outer = elements(part.shape[: patch.axis])
-    stride = part.shape[patch.axis] * inner * size
+    inner = elements(shape[patch.axis + 1 :])
+    outer = elements(shape[: patch.axis])
+    stride = shape[patch.axis] * inner * size
     for index, run in enumerate(values.reshape(outer, -1)):
         write_at(target, _bytes(run), offset + index * stride + patch.start * inner * size)
 

@@ -21,6 +21,7 @@ from loratools.errors import CorruptFileError
 from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork, open_source
 from loratools.streaming.layouts import CHANGED, FileWork, layout_of
 from loratools.streaming.packed_blocks import PackedBlocks, write_patch
+from loratools.streaming.packing import PackingBlocks
 from loratools.tensorfiles.copying import copy_range, start_writeback, write_at
 
 Progress = Callable[[int, int], None]
@@ -132,29 +133,34 @@ class _Runner:
 
     def _recode(self, task: _Recode) -> None:
         work = task.work
-        assert work.folds is not None
-        folds = list(work.folds(self.compute.device))
-        places = {_role(place.work, work): place for place in task.places}
-        for place in task.places:
-            source = place.work.source
-            if source.start is None:
-                self._fold(_Fold(place.path, replace(place.work, whole=None), place.to))
-            else:
-                self._copy(
-                    _Copy(place.path, source.file, source.start, place.to, place.work.nbytes)
-                )
-        blocks = PackedBlocks(work, folds, self._buffers(), self.compute.device)
-        blocks.measure()
-        with ExitStack() as stack:
+        folds = list(work.folds(self.compute.device)) if work.folds else []
+        kind = PackingBlocks if work.packer else PackedBlocks
+        places = {place.work.role: place for place in task.places}
+        if work.packer is None:
+            self._copy_parts(task)
+        blocks = kind(work, folds, self._buffers(), self.compute.device)
+        with blocks, ExitStack() as stack:
             opened = {
                 path: stack.enter_context(path.open("r+b", buffering=0)) for path in task.paths
             }
+            blocks.measure()
             for patch in blocks.patches():
                 if self.stop.is_set():
                     return
                 place = places[patch.part]
-                write_patch(opened[place.path].fileno(), place.to, place.work.source, patch)
-        self.results[work.name] = blocks.result()
+                write_patch(opened[place.path].fileno(), place.to, place.work.shape, patch)
+                if work.packer:
+                    self.progress(patch.values.nbytes)
+        if folds:
+            self.results[work.name] = blocks.result()
+
+    def _copy_parts(self, task: _Recode) -> None:
+        for place in task.places:
+            part, source = place.work, place.work.source
+            if source.start is None:
+                self._fold(_Fold(place.path, replace(part, whole=None), place.to))
+            else:
+                self._copy(_Copy(place.path, source.file, source.start, place.to, part.nbytes))
 
     def _buffers(self) -> Buffers:
         if not hasattr(self.local, "buffers"):
@@ -261,15 +267,9 @@ def _gather_parts(
 
 
 def _is_recoded(work: TensorWork) -> bool:
-    return work.whole is not None and work.whole.folds is not None
+    whole = work.whole
+    return whole is not None and (whole.folds is not None or whole.packer is not None)
 
 
 def _whole(work: TensorWork) -> TensorWork:
     return work.whole or work
-
-
-def _role(part: TensorWork, whole: TensorWork) -> str:
-    """Return which part of a packed weight a stored tensor is."""
-    assert whole.source.packed is not None
-    roles = whole.source.packed.tensors.items()
-    return next(role for role, tensor in roles if tensor.name == part.name)

@@ -56,9 +56,9 @@ def source_storage(tensor: BaseTensor) -> Storage:
     return storage_of(tensor.dtype)
 
 
-def target_storage(word: str, source: BaseTensor) -> Storage:
+def target_storage(word: str, *, packed: bool) -> Storage:
     """Return how an output is written: a scheme of several tensors is coded from float32."""
-    if source.packed is not None and word == source.packed.scheme:
+    if packed:
         return Storage(word, torch.float32)
     return storage_of(word)
 

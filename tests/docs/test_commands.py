@@ -1,8 +1,8 @@
 """The commands in the documentation run and print what it says; the options are click's.
 
 A block ``console`` holds commands and their output; one whose first line names a file after the
-language (``yaml recipe.yaml``) is that file. ``loratools`` runs in this process, also before a pipe;
-jq, make and the like run in a shell.
+language (``yaml recipe.yaml``) is that file. ``loratools`` runs in this process, also before a
+pipe; jq, make and the like run in a shell.
 
 ``python tests/docs/test_commands.py`` writes the output of today into the pages; read the diff.
 """

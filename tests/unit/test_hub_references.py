@@ -176,7 +176,7 @@ def test_all_parts_of_a_split_file() -> None:
             {"adapter_model.safetensors", "adapter_config.json"},
             "",
         ),
-        (("pytorch_lora_weights.safetensors", "img.png"), "", {"pytorch_lora_weights.safetensors"}, ""),
+        (("pytorch_lora_weights.bin", "img.png"), "", {"pytorch_lora_weights.bin"}, ""),
         (("ink.safetensors", "README.md"), "", {"ink.safetensors"}, "ink.safetensors"),
         (
             ("v2/adapter_model.bin", "v2/adapter_config.json"),
