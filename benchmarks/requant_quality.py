@@ -27,8 +27,8 @@ from torch import Tensor
 
 CONTEXT, BATCH = 128, 16
 RANK = 8
-STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
-RATES = (1e-4, 5e-4, 2e-3)
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+RATES = (2e-5, 1e-4, 5e-4)
 SCHEMES = ("nf4", "q4_k", "int4")
 
 
@@ -157,10 +157,10 @@ def quantise(weight: Tensor, scheme: str) -> Quantised:
     """Quantise a float32 matrix as the scheme's own tool does."""
     if scheme == "q4_k":
         from loratools.codecs.ggml import GGML_TYPES
-        from loratools.codecs.ggml_grids import frozen_rows
+        from loratools.codecs.ggml_grids import GGML_GRIDS
 
         raw = GGML_TYPES["Q4_K"].codec.encode(weight)
-        codes, grid = frozen_rows("Q4_K", raw)
+        codes, grid = GGML_GRIDS["Q4_K"].read(raw)
         return Quantised(grid, codes, grid.values(codes))
     from loratools.codecs.bnb4_weight import quantise_bnb4
     from loratools.codecs.mlx_affine import quantise_mlx
@@ -253,7 +253,9 @@ class Steps:
     adapter: int
 
 
-def study(work: Path, steps: Steps, schemes: tuple[str, ...], seeds: int) -> list[dict[str, Any]]:
+def study(
+    work: Path, steps: Steps, schemes: tuple[str, ...], seeds: int, rates: tuple[float, ...]
+) -> list[dict[str, Any]]:
     """Train, quantise, adapt, merge, and return a row for every result."""
     docs, sources = Corpus.of(documentation()), Corpus.of(c_sources())
     held = {"documentation": docs.windows(256), "C sources": sources.windows(256)}
@@ -263,7 +265,7 @@ def study(work: Path, steps: Steps, schemes: tuple[str, ...], seeds: int) -> lis
         plain = {name: loss(base, windows) for name, windows in held.items()}
         print(f"seed {seed}: 16-bit base {plain}", flush=True)
         for scheme in schemes:
-            for rate in RATES:
+            for rate in rates:
                 rows += one_adapter(base, scheme, rate, seed, sources, held, steps.adapter, plain)
                 (work / "rows.json").write_text(json.dumps(rows, indent=1))
     return rows
@@ -373,12 +375,14 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=600)
     parser.add_argument("--adapter-steps", type=int, default=100)
     parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates")
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     schemes = tuple(given.schemes.split(","))
     steps = Steps(given.base_steps, given.adapter_steps)
-    rows = study(given.work, steps, schemes, given.seeds)
+    rates = tuple(float(rate) for rate in given.rates.split(","))
+    rows = study(given.work, steps, schemes, given.seeds, rates)
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     (results / "requant_quality.md").write_text(table(rows) + "\n", encoding="utf-8")

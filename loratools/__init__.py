@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loratools.merge import merge_into_base, unmerge_from_base
     from loratools.pull import pull_from_hub
     from loratools.push import push_to_hub
+    from loratools.quantize import dequantize_base, quantize_base
     from loratools.rebase import rebase_adapter
     from loratools.report import Report
     from loratools.summary import summarize, summarize_files
@@ -33,11 +34,13 @@ _HOMES = {
     "compare_adapters": "loratools.verify",
     "compose_adapters": "loratools.compose",
     "convert_adapter": "loratools.convert",
+    "dequantize_base": "loratools.quantize",
     "extract_adapter": "loratools.extract",
     "load_adapter": "loratools.adapter_io",
     "merge_into_base": "loratools.merge",
     "pull_from_hub": "loratools.pull",
     "push_to_hub": "loratools.push",
+    "quantize_base": "loratools.quantize",
     "rebase_adapter": "loratools.rebase",
     "resize_adapter": "loratools.svd_resize",
     "save_adapter": "loratools.adapter_io",
@@ -53,11 +56,13 @@ __all__ = [
     "compare_adapters",
     "compose_adapters",
     "convert_adapter",
+    "dequantize_base",
     "extract_adapter",
     "load_adapter",
     "merge_into_base",
     "pull_from_hub",
     "push_to_hub",
+    "quantize_base",
     "rebase_adapter",
     "resize_adapter",
     "save_adapter",

@@ -19,7 +19,13 @@ from loratools.formats.kohya_metadata import with_hashes
 from loratools.held import held_bundle, hold, is_held
 from loratools.hub.taking import takes_references
 from loratools.tensorfiles.atomic import staged_output
-from loratools.tensorfiles.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TORCH_SUFFIXES
+from loratools.tensorfiles.file_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_MARKS,
+    MODEL_WEIGHTS,
+    TORCH_SUFFIXES,
+)
 from loratools.tensorfiles.safetensors import load_tensors, save_tensors
 from loratools.tensorfiles.torch_zip import load_torch
 
@@ -123,7 +129,7 @@ def find_weights(path: Path) -> Path:
         raise InputError(
             f"{path}: holds several adapters ({names})", hint="name the sub-folder of one"
         )
-    raise _no_weights(path)
+    return _only_file(path)
 
 
 def _nested_weights(path: Path) -> list[Path]:
@@ -134,6 +140,15 @@ def _nested_weights(path: Path) -> list[Path]:
         names = [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
         found += names[:1]
     return found
+
+
+def _only_file(path: Path) -> Path:
+    """Return the one weights file of a folder that is no model's; raises MissingFileError."""
+    files = [child for child in path.iterdir() if child.suffix in (".safetensors", ".gguf")]
+    marked = any((path / mark).is_file() for mark in (*MODEL_MARKS, ADAPTER_CONFIG))
+    if len(files) != 1 or marked or files[0].name in MODEL_WEIGHTS:
+        raise _no_weights(path)
+    return files[0]
 
 
 def _no_weights(path: Path) -> MissingFileError:

@@ -24,7 +24,7 @@ from loratools.errors import LoratoolsError, OptionError
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("merge", "Fold adapters into a base model."),
     ("unmerge", "Take adapters out of a merged model again."),
-    ("convert", "Write adapters in another format, with the same change of weights."),
+    ("convert", "Write adapters in another format, with the same ΔW."),
     ("resize", "Change adapters' rank, by the SVD of their factors."),
     ("compose", "Combine adapters into one, by an exact sum or another method."),
     ("extract", "Write what training changed in a model as an adapter."),
@@ -123,7 +123,8 @@ def run(arguments: Sequence[str]) -> int:
         return output.usage_error(error)
     except (KeyboardInterrupt, click.Abort) as stopped:
         output.interrupted()
-        return 143 if isinstance(stopped, Terminated) else 130
+        # click raises an Abort from what stopped it.
+        return 143 if Terminated in (type(stopped), type(stopped.__cause__)) else 130
     except BrokenPipeError:
         # The reader has gone (`| head`); there is nobody left to tell.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115

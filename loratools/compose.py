@@ -96,9 +96,10 @@ def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the comm
     language_base = _language_base(loaded, target, base)
     job = plan_job(names, loaded, shares, recipe, target, arch, language_base)
     check_output(target, output, names, overwrite=overwrite)
+    # First, because it may be refused.
+    extras, notes = combine_extras(job.adapters, shares, base)
     outcomes = _combine_all(job)
     check_results(outcomes)
-    extras, notes = combine_extras(job.adapters, shares, base)
     made = _adapter(job, outcomes, extras)
     converted = convert_value(made, target, arch=arch, language_base=language_base)
     final = cast_adapter(converted.adapter, dtype)

@@ -12,7 +12,7 @@ from loratools.errors import OptionError, UploadError
 from loratools.hub.references import SCHEME, parse_repository, plain_name
 from loratools.hub.taking import takes_references
 from loratools.publishing.card import RELATIONS, CardFacts, completed_card, new_card, read_card
-from loratools.publishing.contents import CARD, Contents, read_contents
+from loratools.publishing.contents import CARD, Contents, read_card_file, read_contents
 from loratools.publishing.licences import look_up_base, settle_licence
 from loratools.publishing.repository import There, check_card, check_login, look_at, upload
 from loratools.publishing.words import repo_id_of
@@ -91,7 +91,7 @@ def push_to_hub(  # noqa: PLR0913 - one keyword for each option of the command
 
 def _card_text(card: PathLike | None, there: There, contents: Contents) -> str | None:
     if card is not None:
-        return Path(card).read_text(encoding="utf-8-sig")
+        return read_card_file(Path(card))
     return there.card if there.card is not None else contents.local_card
 
 

@@ -13,9 +13,11 @@ from loratools.errors import OptionError, UnsupportedError
 from loratools.hub.taking import takes_references
 from loratools.planning.gguf_checkpoint import as_folder, from_checkpoint, to_checkpoint
 from loratools.planning.merge_plan import PathLike
+from loratools.planning.packing import PACKED_TARGETS, plan_packing
 from loratools.planning.recoding import (
     FLOAT_MIXES,
     first_header,
+    is_copied,
     model_facts,
     plan_dequantising,
     plan_recoding,
@@ -100,8 +102,11 @@ def quantize_base(
         InputError: nothing would change.
         OutputError: the destination is refused.
     """
-    mix = writable_mix(to)
     model = open_base(Path(base))
+    if to.lower() in PACKED_TARGETS:
+        job = _packed(model, to.lower(), template)
+        return _write("quantize", base, job, output, device, overwrite, dry_run, progress)
+    mix = writable_mix(to)
     if template is not None:
         job = _by_template(model, open_base(Path(template)), mix)
     else:
@@ -151,7 +156,7 @@ def dequantize_base(
     if model.packed:
         job = _unpacked(model, dtype, base_config)
         return _write("dequantize", base, job, output, device, overwrite, dry_run, progress)
-    _refuse_no_gguf(model)
+    _refuse_no_gguf(model, "dequantize reads GGUF models: one file, or any file of a split one")
     if base_config is not None or Path(output).suffix == ".safetensors":
         config = None if base_config is None else open_side_files(Path(base_config))
         job = _as_checkpoint(model, config, dtype or "fp16", Path(output))
@@ -165,7 +170,7 @@ def dequantize_base(
 
 
 def _recoded(model: BaseModel, mix: Mix) -> _Job:
-    _refuse_no_gguf(model)
+    _refuse_no_gguf(model, _CONVERT)
     plan = plan_recoding(model, mix)
     return _gguf_job(model, plan.checkpoint, plan.mix, plan.notes)
 
@@ -175,11 +180,17 @@ def _gguf_job(model: BaseModel, checkpoint: Checkpoint, mix: str, notes: Sequenc
     return _Job(checkpoint, model.path, model.files, facts, notes)
 
 
+def _packed(model: BaseModel, word: str, template: PathLike | None) -> _Job:
+    if template is not None:
+        raise OptionError(f"--to {word} is no GGUF type", hint="leave out --template")
+    checkpoint, notes = plan_packing(model, word)
+    facts: dict[str, Json] = {"mix": word, **size_facts(model, checkpoint)}
+    return _Job(checkpoint, model.path, model.files, facts, notes)
+
+
 def _unpacked(model: BaseModel, dtype: str | None, base_config: PathLike | None) -> _Job:
     if base_config is not None:
-        raise OptionError(
-            f"{model.path} has a config of its own", hint="leave out --base-config"
-        )
+        raise OptionError(f"{model.path} has a config of its own", hint="leave out --base-config")
     checkpoint, word, notes = plan_unpacking(model, dtype)
     facts: dict[str, Json] = {"dtype": word, **size_facts(model, checkpoint)}
     return _Job(checkpoint, model.path, model.files, facts, notes)
@@ -245,9 +256,9 @@ def _config_edits(config: BaseModel, dtype: str) -> dict[str, Json]:
     return {**edits, **{word: REMOVED for word in _QUANTISED if config.config_word(word)}}
 
 
-def _refuse_no_gguf(model: BaseModel) -> None:
+def _refuse_no_gguf(model: BaseModel, hint: str) -> None:
     if not model.is_gguf:
-        raise UnsupportedError(f"{model.path}: not a GGUF model", hint=_CONVERT)
+        raise UnsupportedError(f"{model.path}: not a GGUF model", hint=hint)
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────
@@ -297,5 +308,5 @@ def _item(work: TensorWork) -> dict[str, Json]:
         "dtype": work.dtype,
         "shape": list(work.shape),
         "bytes": work.nbytes,
-        "copied": work.is_copy,
+        "copied": is_copied(work),
     }

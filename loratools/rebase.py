@@ -126,7 +126,7 @@ def rebase_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
     _check_shapes(*bases)
     plain = _with_factors(loaded)
     _check_rank(plain, wish)
-    rows = [locate_layers(loaded, list(plain), base, arch) for base in bases]
+    rows = [locate_layers(loaded, list(plain), one, arch, called=str(adapter)) for one in bases]
     _check_output(output, chosen, [adapter, *bases], overwrite)
     jobs = [Job(path, elements(plain[path].weight_shape)) for path in plain]
     every = 4 * sum(job.elements for job in jobs)

@@ -147,7 +147,9 @@ def resize_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
     folder = source.is_folder(output)
     check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=[weights])
     paths, _ = find_resizable(loaded)
-    rows = locate_layers(loaded, paths, open_base(base), arch) if base is not None else None
+    rows = None
+    if base is not None:
+        rows = locate_layers(loaded, paths, open_base(base), arch, called=str(adapter))
     done = resize_value(
         loaded, rule, source, rows=rows, score=score, balanced=not unbalanced, dtype=dtype,
         compute=compute, source_name=str(adapter), what_if=dry_run,

@@ -19,6 +19,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.hub_store import LFS_SUFFIXES, Fault, Repo, Seen, card_data, card_faults, git_id, sha256
 
+PUBLIC = "https://huggingface.co"
+"""What the server calls itself in the addresses of pages."""
+
 
 class HubServer:
     """The server; a context manager that answers between entering and leaving."""
@@ -375,9 +378,9 @@ class _Handler(BaseHTTPRequestHandler):
         if proposing:
             found.pulls += 1
             revision = f"refs/pr/{found.pulls}"
-            answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{found.pulls}"
+            answer["pullRequestUrl"] = f"{PUBLIC}/{repo}/discussions/{found.pulls}"
         new = found.commit(revision, files, summary)
-        self._json({"commitUrl": f"{self.hub.url}/{repo}/commit/{new}", "commitOid": new, **answer})
+        self._json({"commitUrl": f"{PUBLIC}/{repo}/commit/{new}", "commitOid": new, **answer})
 
     def _operations(self) -> Iterator[dict[str, Any]]:
         for line in self.body.splitlines():

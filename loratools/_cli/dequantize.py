@@ -22,7 +22,7 @@ from loratools._cli.startup import import_torch
 @click.command(
     "dequantize",
     epilog=examples(
-        "loratools dequantize model-q4_k_m.gguf -o model-f16.gguf",
+        "loratools dequantize model-q4_k_m.gguf -o half.gguf",
         "loratools dequantize model-q8_0.gguf -o folder --base-config llama-3-8b --dtype bf16",
     ),
 )
@@ -44,9 +44,10 @@ from loratools._cli.startup import import_torch
 @DRY_RUN
 @output_options
 def command(base: str, out: Output, **options: Any) -> None:
-    """Write the GGUF model BASE in plain numbers.
+    """Write the quantised model BASE in plain numbers.
 
-    OUT is a .gguf file, a .safetensors file with the tensors in Hugging Face's names and layout,
+    A checkpoint of bitsandbytes, GPTQ, AWQ, FP8, MLX ... becomes a folder or file like it. For a
+    GGUF model OUT is a .gguf file, a .safetensors file with the tensors in Hugging Face's names and layout,
     or with --base-config a whole folder. What quantising lost stays lost.
     """
     import_torch()

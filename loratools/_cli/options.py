@@ -53,9 +53,7 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
                 self.fail(f"{word} {tail!r} after {head} is not a number", param, ctx)
             return str(value), 1.0
         if not math.isfinite(strength) or strength == 0:
-            self.fail(
-                f"{word} {tail} after {head}: give a finite number other than 0", param, ctx
-            )
+            self.fail(f"{word} {tail} after {head}: give a finite number other than 0", param, ctx)
         if not head:
             self.fail(f"{value!r} has a {word} but no path", param, ctx)
         return head, strength

@@ -13,8 +13,8 @@ from loratools._cli.output import Output
 @click.command(
     "pull",
     epilog=examples(
-        "loratools pull me/my-adapter -o my-adapter",
-        "loratools pull hf://me/loras@v2/ink.safetensors -o ink.safetensors",
+        "loratools pull me/my-adapter -o fetched",
+        "loratools pull hf://me/loras@v2/ink.safetensors -o ink-v2.safetensors",
     ),
 )
 @click.argument("repo_id")

@@ -17,8 +17,8 @@ RELATIONS = ("adapter", "merge", "quantized", "finetune")
 @click.command(
     "push",
     epilog=examples(
-        "loratools push my-adapter me/my-adapter --private",
-        "loratools push merged me/my-model --base-model meta-llama/Llama-3.1-8B --dry-run -v",
+        "loratools push my-adapter me/my-adapter --base-model me/llama-3-8b --private",
+        "loratools push merged me/merged --base-model me/llama-3-8b --merged my-adapter:0.7",
     ),
 )
 @click.argument("path", type=PATH)

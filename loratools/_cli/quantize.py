@@ -22,7 +22,7 @@ from loratools._cli.startup import import_torch
 @click.command(
     "quantize",
     epilog=examples(
-        "loratools quantize model-f16.gguf -o model-q4_k_m.gguf --to q4_k_m",
+        "loratools quantize model-f16.gguf -o smaller.gguf --to q4_k_m",
         "loratools quantize my-finetune -o tuned.gguf --to q8_0 --template base.gguf",
     ),
 )
@@ -32,7 +32,8 @@ from loratools._cli.startup import import_torch
     "--to",
     required=True,
     metavar="TYPE",
-    help="A GGUF type or mix: f16, q8_0, q6_k, q5_k_m, q4_k_m, q3_k_l, q2_k, iq4_xs ...",
+    help="A GGUF type or mix: f16, q8_0, q6_k, q5_k_m, q4_k_m, q3_k_l, q2_k, iq4_xs ...; for a "
+    "Hugging Face folder nf4, nf4-double, fp4, int8, fp8, mlx-4 ...",
 )
 @click.option(
     "--template",
@@ -45,7 +46,7 @@ from loratools._cli.startup import import_torch
 @DRY_RUN
 @output_options
 def command(base: str, out: Output, **options: Any) -> None:
-    """Write the GGUF model BASE in other types, as llama-quantize would.
+    """Write the GGUF model BASE in other types, as llama-quantize would, or a folder in 4 or 8 bits.
 
     The mixes (q4_k_m ...) give tensors that matter more a larger type; norms and other vectors stay
     as they are, and so does what already is in its type. Types that are chosen by an importance

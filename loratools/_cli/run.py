@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "run",
-    epilog=examples("loratools run recipe.yaml --dry-run", "loratools run - < recipe.yaml"),
+    epilog=examples("loratools run recipe.yaml --dry-run", "loratools run recipe.yaml --json"),
 )
 @click.argument("recipe", type=PATH)
 @click.option("--all", "everything", is_flag=True, help="Run also the steps that are up to date.")

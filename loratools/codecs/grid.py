@@ -55,11 +55,11 @@ class Grid:
         return GroupGrid(scale.masked_fill(dead, 1.0), zero, offset, dead if dead.any() else None)
 
     def nearest(self, inside: Tensor) -> Tensor:
-        """Return the codes, int32 of any shape, of the levels nearest to values in their units."""
+        """Return the codes, integers of any shape, of the levels nearest to values in their units."""
         if self.uniform:
             lowest, last = self.levels[0], len(self.levels) - 1
             return (inside - lowest).round_().clamp_(0, last).to(torch.int32)
-        return torch.bucketize(inside, self.middles, out_int32=True)
+        return torch.bucketize(inside, self.middles)
 
     @property
     def middles(self) -> Tensor:

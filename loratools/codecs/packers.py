@@ -65,6 +65,7 @@ class Packing(ABC):
 
     def see(self, values: Tensor, start: int) -> None:
         """Take note of rows (n, in) in float32, for a scheme of two passes."""
+        raise NotImplementedError
 
     @abstractmethod
     def code(self, values: Tensor, start: int) -> Iterator[Patch]:
@@ -159,7 +160,8 @@ class _BnB4Packing(Packing):
             yield Patch("absmax", 0, inner.codes)
             yield Patch("nested_absmax", 0, inner.absmax)
             yield Patch("nested_quant_map", 0, inner.table)
-        yield Patch("quant_map", 0, bnb4.levels(self.packer.kind))
+        # FP4's second zero is negative by its code, and stored without the sign.
+        yield Patch("quant_map", 0, bnb4.levels(self.packer.kind) + 0.0)
         state = self.packer.state(self.shape, self.dtype, offset)
         yield Patch("state", 0, torch.frombuffer(bytearray(state), dtype=torch.uint8))
 

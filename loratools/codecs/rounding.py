@@ -96,7 +96,9 @@ class _Chosen:
         self.grid = grid
         self.first, self.last = float(grid.levels[0]), float(grid.levels[-1])
         self.middles = None if grid.uniform else grid.middles
-        dtype = torch.float32 if grid.uniform else torch.int32
+        # 64-bit indices: searching and looking up is nearly twice as fast as with 32 bits.
+        dtype = torch.float32 if grid.uniform else torch.int64
+        self.level = torch.empty_like(wanted[0])
         self.columns = torch.empty(wanted.shape, dtype=dtype, device=wanted.device)
         self.lines = self.columns.unbind()
 
@@ -105,7 +107,8 @@ class _Chosen:
         line = self.lines[index]
         if self.middles is None:
             return torch.round(aim, out=line).clamp_(self.first, self.last)
-        return self.grid.levels[torch.bucketize(aim, self.middles, out_int32=True, out=line)]
+        torch.bucketize(aim, self.middles, out=line)
+        return torch.index_select(self.grid.levels, 0, line, out=self.level)
 
     def codes(self) -> Tensor:
         """Return the codes (columns, rows), uint8."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from loratools.adapter import Adapter, natural_key
 from loratools.deltas import AdditiveDelta, ExpertLoRA, LayerDelta
@@ -147,8 +147,3 @@ def _base(adapter: Adapter) -> str | None:
         word = json.loads(config).get("base_model_name_or_path")
         return str(word) if word else None
     return next((adapter.metadata[k] for k in _BASE_WORDS if adapter.metadata.get(k)), None)
-
-
-def shared_count(columns: Mapping[str, Column]) -> int:
-    """Return the number of layers that every adapter has."""
-    return sum(all(delta is not None for delta in column) for column in columns.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loratools.basemodel import BaseModel, BaseTensor, Pipeline
@@ -208,9 +208,3 @@ def _different(one: Opened, other: Opened, lines: Sequence[str]) -> MatchError:
         f"{one.path} and {other.path} are not two versions of one model:\n" + "\n".join(shown),
         hint="give the base that the other was trained from",
     )
-
-
-def files_of(*opened: Opened) -> Iterator[object]:
-    """Yield every file of the models, which may be links to somewhere else."""
-    for one in opened:
-        yield from one.files

@@ -219,7 +219,10 @@ class PeftConfig:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise MalformedAdapterError(f"{self.source}: {field} is {value!r}, not a number")
         if not abs(value) <= LARGEST_ALPHA:
-            raise MalformedAdapterError(f"{self.source}: {field} is {value}")
+            shown = str(value)[:24]
+            raise MalformedAdapterError(
+                f"{self.source}: {field} is {shown}, which float32 cannot hold"
+            )
         return float(value)
 
 

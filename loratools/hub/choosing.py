@@ -19,6 +19,7 @@ from loratools.tensorfiles.file_names import (
     ADAPTER_WEIGHTS,
     INDEX_SUFFIX,
     LEFT_FOLDERS,
+    MODEL_MARKS,
     MODEL_WEIGHTS,
     PIPELINE_INDEX,
     PIPELINE_NETWORKS,
@@ -26,7 +27,6 @@ from loratools.tensorfiles.file_names import (
     index_wins,
 )
 
-_MODEL_MARKS = ("config.json", PIPELINE_INDEX)
 _PART = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _PRECISION = re.compile(r"\.(fp16|bf16|fp8|non_ema)(?=[.-])")
 """A variant's word in diffusers' file names."""
@@ -85,7 +85,7 @@ def is_adapter(listing: Listing) -> bool:
     own = (*ADAPTER_WEIGHTS, ADAPTER_CONFIG)
     if any(_join(path, name) in listing.files for name in own):
         return True
-    if any(_join(path, mark) in listing.files for mark in _MODEL_MARKS):
+    if any(_join(path, mark) in listing.files for mark in MODEL_MARKS):
         return False
     return any(_first_weights(listing, folder) for folder in _folders(listing, path))
 
@@ -97,7 +97,7 @@ def may_be_adapter(listing: Listing) -> bool:
     path = listing.reference.path
     if listing.is_file:
         return not _PART.fullmatch(path)
-    marked = any(_join(path, mark) in listing.files for mark in _MODEL_MARKS)
+    marked = any(_join(path, mark) in listing.files for mark in MODEL_MARKS)
     return not marked and len([n for n in listing.below if n.endswith(WEIGHT_SUFFIXES)]) == 1
 
 
@@ -151,7 +151,7 @@ def _first_weights(listing: Listing, folder: str) -> str | None:
 
 def _single_files(listing: Listing, folder: str) -> list[str]:
     """Return the weights files of a folder that is no model's: an adapter as one file."""
-    if any(_join(folder, mark) in listing.files for mark in _MODEL_MARKS):
+    if any(_join(folder, mark) in listing.files for mark in MODEL_MARKS):
         return []
     names = _inside(listing, folder)
     for suffixes in ((".safetensors", ".gguf"), WEIGHT_SUFFIXES):
@@ -168,7 +168,7 @@ def _adapter(listing: Listing, root: str, weights: str) -> Choice:
 
 
 def _no_adapter(listing: Listing) -> HubError:
-    marks = [_join(listing.reference.path, mark) for mark in _MODEL_MARKS]
+    marks = [_join(listing.reference.path, mark) for mark in MODEL_MARKS]
     if any(mark in listing.files for mark in marks):
         hint = "this looks like a base model; name the adapter's repository instead"
     else:

@@ -65,7 +65,14 @@ def complete(listing: Listing, choice: Choice) -> Choice:
     if not choice.indexes:
         return choice
     root = fetch_files(listing, choice.indexes)
-    return with_shards(choice, (name for i in choice.indexes for name in _shards(root, i)))
+    shards = [name for index in choice.indexes for name in _shards(root, index)]
+    if missing := [name for name in shards if name not in listing.files]:
+        raise CorruptFileError(
+            f"{listing.reference.text}: the index names {len(missing)} files that are not there: "
+            f"{', '.join(map(repr, missing[:4]))}",
+            hint="the repository is not complete; its owner can mend it",
+        )
+    return with_shards(choice, shards)
 
 
 def fetch_files(listing: Listing, names: Iterable[str], into: Path | None = None) -> Path:

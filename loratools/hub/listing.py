@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ from loratools.errors import HubError
 from loratools.hub.client import hub_api, persistently
 from loratools.hub.failures import hub_errors, is_unreachable
 from loratools.hub.references import Reference
+from loratools.tensorfiles.inputs import quoted
 
 _OF_THE_REPOSITORY = frozenset({".gitattributes", ".gitignore"})
 """Files about the repository, which are no part of what is in it."""
+
+
+_UNSAFE = re.compile(r"[A-Za-z]:|.*[\\\0]", re.DOTALL)
+"""Drive letters, and other systems' separators."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,19 @@ def _ask(reference: Reference) -> Listing:
         for entry in entries
         if hasattr(entry, "size") and entry.path not in _OF_THE_REPOSITORY
     }
+    _refuse_unsafe(reference, files)
     return Listing(reference, files, commit)
+
+
+def _refuse_unsafe(reference: Reference, names: Iterable[str]) -> None:
+    """Refuse names that would lead out of the folder that they are written to."""
+    for name in names:
+        parts = name.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or _UNSAFE.match(name):
+            raise HubError(
+                f"{reference.text}: holds a file with the unsafe name {quoted(name)}",
+                hint="do not use this repository",
+            )
 
 
 def _look_in_cache(reference: Reference, error: Exception) -> Listing:

@@ -58,9 +58,9 @@ VECTORS: Mapping[str, tuple[Step, ...]] = MappingProxyType(
             (
                 "llama", "smollm3", "mistral3", "granite", "granitemoe", "qwen2", "qwen2moe",
                 "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe", "phi3", "phimoe",
-                "seed_oss", "ernie4_5", "ernie4_5-moe", "dots1", "stablelm", "starcoder2", "olmoe",
+                "ernie4_5", "ernie4_5-moe", "dots1", "stablelm", "starcoder2", "olmoe",
                 "xverse", "orion", "baichuan", "deepseek", "minimax-m2", "arcee", "gemma",
-                "nemotron", "glm4moe", "bailingmoe", "minicpm", "gpt-oss", "mellum", "llama4",
+                "nemotron", "bailingmoe", "minicpm",
             ),
             _PRE,
         ),
@@ -68,6 +68,10 @@ VECTORS: Mapping[str, tuple[Step, ...]] = MappingProxyType(
         **dict.fromkeys(("olmo2", "exaone4"), _POST),
         **dict.fromkeys(("command-r", "cohere2"), _ONE),
         "olmo": (),
+        **dict.fromkeys(
+            ("seed_oss", "glm4moe"),
+            _ONE + rows(LAYERS, ("post_attention_layernorm", "post_attention_norm")),
+        ),
         "phi2": _named(LAYERS, "input_layernorm", None, "model.final_layernorm"),
         "glm4": _PRE + rows(
             LAYERS,

@@ -33,8 +33,6 @@ from loratools.suggest import counted
 _CARRIED = ("bundle_emb.",)
 """Extras that are no module of any model: textual inversions bundled with a LoRA."""
 
-_AUX = "_aux."
-
 _SUGGESTED = 12
 _OWNERS = 4
 _SCALE = ".scale"

@@ -72,16 +72,3 @@ def stable_rank(values: Tensor) -> float:
     squares = values.to(torch.float64).square()
     top = float(squares[0]) if len(squares) else 0.0
     return float(squares.sum()) / top if top else 0.0
-
-
-def numerical_rank(values: Tensor, size: int) -> int:
-    """Return how many values stand above the rounding of their dtype.
-
-    Args:
-        values: in the dtype they were computed in.
-        size: the longer side of the matrix (LAPACK's usual bound σ₁ · size · eps).
-    """
-    if not len(values):
-        return 0
-    floor = float(values[0]) * size * torch.finfo(values.dtype).eps
-    return int((values > floor).sum())

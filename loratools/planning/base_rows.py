@@ -86,9 +86,16 @@ class BaseRows:
 
 
 def locate_layers(
-    adapter: Adapter, paths: Sequence[str], base: BaseModel, arch: str | None = None
+    adapter: Adapter,
+    paths: Sequence[str],
+    base: BaseModel,
+    arch: str | None = None,
+    *,
+    called: str = "the adapter",
 ) -> BaseRows:
     """Find where the base keeps the weights of the layers at ``paths``; nothing is read.
+
+    ``called`` is what errors call the adapter.
 
     Raises:
         MatchError, UnknownArchitectureError: layers without a home; see ``place_adapters``.
@@ -102,7 +109,8 @@ def locate_layers(
     probing = replace(adapter, layers=probes, extras={}, notes=())
     tie = find_tie(base)
     tied = {tie.head: tie.input} if tie and tie.tied and not tie.stored else {}
-    placed = place_adapters(base, [(in_base_names(probing, base, arch), 1.0)], tied_heads=tied)
+    named = in_base_names(probing, base, arch)
+    placed = place_adapters(base, [(named, 1.0)], names=[called], tied_heads=tied)
     pieces: dict[str, list[Piece]] = {path: [] for path in paths}
     stacks: dict[str, list[BaseTensor]] = {}
     for name, placements in placed.by_tensor.items():

@@ -54,8 +54,8 @@ def _renamed_layers(
     if lost:
         kinds = ", ".join(sorted({layers[path].kind for path in lost}))
         raise UnsupportedError(
-            f"{lost[0]}: {counted(len(lost), 'layer')} of kind {kinds} cannot follow a GGUF model's "
-            "layout, in which rows or columns stand in another order",
+            f"{lost[0]}: {counted(len(lost), 'layer')} of kind {kinds} cannot follow the layout of "
+            "a GGUF model, in which rows or columns stand in another order",
             hint=_ELSEWHERE,
         )
     return {name: layers[path] for path, name in found.items() if name is not None}
@@ -104,8 +104,8 @@ def _check_shape(name: str, extra: Extra, target: str, base: BaseModel) -> None:
         grown = target in _TABLES and ours[1:] == shape[1:]
         raise MatchError(
             f"{name}: {tuple(ours)}, and {target} in {base.path} is {tuple(shape)}",
-            hint="the adapter's vocabulary is another one, and the tokenizer in the GGUF file would "
-            f"have to follow: {_ELSEWHERE}"
+            hint="the adapter has another vocabulary, and the tokenizer in the GGUF file would have "
+            f"to follow: {_ELSEWHERE}"
             if grown
             else "is this the adapter's base?",
         )

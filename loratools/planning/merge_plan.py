@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratools.adapter import Adapter
-from loratools.adapter_io import load_adapter
 from loratools.basemodel import BaseModel, BaseTensor
 from loratools.deltas import Replacement, RowReplacement
 from loratools.errors import MatchError, OptionError, UnsupportedError
 from loratools.planning.base_names import in_base_names
-from loratools.planning.finite import check_finite
 from loratools.planning.labels import label_words
+from loratools.planning.loading import AdapterInput, LoadedAdapter, PathLike, load_adapters
 from loratools.planning.packed_bases import (
     dequantised_config,
     dequantised_works,
@@ -47,26 +43,13 @@ from loratools.streaming.checkpoint import (
 )
 from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS, dtype_word, torch_dtype
 
-PathLike = str | os.PathLike[str]
-AdapterInput = PathLike | tuple[PathLike, float]
+__all__ = [
+    "AdapterInput", "LoadedAdapter", "MergePlan", "PathLike", "json_word", "load_adapters",
+    "plan_merge",
+]  # fmt: skip
 
 _WHOLE_WORDS = frozenset({"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"})
 _ONE_OF_THEM = "merge one of them first, or take the tensor out of the other"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedAdapter:
-    """An adapter with its user's strength.
-
-    Attributes:
-        path: as the user gave it.
-        strength: the multiplier on its change.
-        adapter: the tensors.
-    """
-
-    path: str
-    strength: float
-    adapter: Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,38 +65,6 @@ class MergePlan:
     checkpoint: Checkpoint
     placements: Mapping[str, tuple[Placement, ...]]
     notes: tuple[Note, ...]
-
-
-def load_adapters(
-    adapters: AdapterInput | Sequence[AdapterInput], *, allow_none: bool = False
-) -> list[LoadedAdapter]:
-    """Read the adapters and check strengths and values.
-
-    Raises:
-        OptionError: no adapter, or a strength that is 0 or not finite.
-        NonFiniteError: NaN or infinity in an adapter, naming the tensor.
-    """
-    given: Sequence[AdapterInput]
-    single = isinstance(adapters, (str, os.PathLike)) or _is_pair(adapters)
-    given = [adapters] if single else adapters  # type: ignore[assignment, list-item]
-    if not given and not allow_none:
-        raise OptionError("no adapter given", hint="name at least one adapter after the base")
-    loaded = []
-    for item in given:
-        path, strength = item if isinstance(item, tuple) else (item, 1.0)
-        if not math.isfinite(strength) or strength == 0:
-            raise OptionError(
-                f"{path}: strength {strength} folds nothing",
-                hint="give a finite strength other than 0, or leave the adapter out",
-            )
-        adapter = load_adapter(path)
-        check_finite(adapter, str(path))
-        loaded.append(LoadedAdapter(str(path), float(strength), adapter))
-    return loaded
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], (int, float))
 
 
 def plan_merge(
@@ -182,16 +133,19 @@ def plan_merge(
         checkpoint = with_words(checkpoint, provenance(base, loaded))
     words = [*(f"{one.path}: {n}" for one in loaded for n in one.adapter.notes), *placed.notes]
     words += [*untied.notes, *(f"added to the base: {name}" for name in placed.added)]
-    words += _config_notes(base, config)
+    words += [*_config_notes(base, config), *_container_notes(base, dtype)]
+    all_notes = (*(Note(word) for word in words), *notes, *_left_out(base))
+    return MergePlan(checkpoint, untied.by_tensor, all_notes)
+
+
+def _container_notes(base: BaseModel, dtype: str) -> Iterator[str]:
     kept = sorted(
         {t.dtype for t in base.tensors.values() if t.dtype.startswith(("F8", "F6", "F4"))}
     )
     if dtype != "keep" and kept:
-        words.append(f"--dtype leaves {', '.join(kept)} tensors as they are")
+        yield f"--dtype leaves {', '.join(kept)} tensors as they are"
     if any(shard.header is None for shard in base.shards):
-        words.append("torch's .bin files are written as .safetensors")
-    all_notes = (*(Note(word) for word in words), *notes, *_left_out(base))
-    return MergePlan(checkpoint, untied.by_tensor, all_notes)
+        yield "torch's .bin files are written as .safetensors"
 
 
 @dataclass(frozen=True, slots=True)

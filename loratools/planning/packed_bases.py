@@ -154,6 +154,9 @@ def without_marks(base: BaseModel) -> tuple[BaseModel, frozenset[str]]:
     return replace(base, shards=shards, side_files=side, left_out=left), marks
 
 
+_REASON = ": what the adapter was trained on (--quant keep codes the sum in the base's scheme)"
+
+
 def packed_notes(
     base: BaseModel, quant: str, *, asked: bool, works: Mapping[str, TensorWork]
 ) -> Iterator[Note]:
@@ -162,13 +165,7 @@ def packed_notes(
         return
     if quant == DEQUANTIZE:
         words = sorted({works[w.name].dtype for w in base.packed if w.name in works})
-        reason = (
-            ""
-            if asked
-            else (
-                ": what the adapter was trained on (--quant keep codes the sum in the base's scheme)"
-            )
-        )
+        reason = "" if asked else _REASON
         yield Note(
             f"the base is {schemes(base)}: its {len(base.packed)} weights are written "
             f"dequantised, in {', '.join(words)}{reason}"

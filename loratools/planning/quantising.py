@@ -23,8 +23,8 @@ LEAST = 0.5
 """The share of a change below which losing the rest is warned of."""
 
 _BETTER = (
-    "--rounding adapter-aware keeps most of it in the same space, --quant dequantize (or, for GGUF, "
-    "--quant q8_0) in more"
+    "--rounding adapter-aware keeps most of it in the same space, --quant dequantize (for GGUF "
+    "also --quant q8_0) in more"
 )
 
 

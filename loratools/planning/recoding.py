@@ -232,13 +232,18 @@ def size_facts(base: BaseModel, checkpoint: Checkpoint) -> dict[str, Json]:
     counts = Counter(work.dtype for work in works)
     return {
         "tensors": len(works),
-        "tensors_coded": sum(not work.is_copy for work in works),
+        "tensors_coded": sum(not is_copied(work) for work in works),
         "tensors_by_dtype": dict(counts),
         "parameters": weights,
         "bytes_before": before,
         "bytes_written": checkpoint.nbytes,
         "bits_per_weight": round(8 * checkpoint.nbytes / weights, 3) if weights else None,
     }
+
+
+def is_copied(work: TensorWork) -> bool:
+    """Return whether a tensor's bytes are those of the base, in their order."""
+    return work.is_copy and work.source.rows is None
 
 
 def _as_they_are(base: BaseModel) -> Iterator[TensorWork]:

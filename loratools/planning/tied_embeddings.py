@@ -295,8 +295,12 @@ def _same_bytes(one: BaseTensor, other: BaseTensor) -> bool:
     if one.packed is not None and other.packed is not None:
         pairs = zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=False)
         return all(_same_bytes(part, counterpart) for part, counterpart in pairs)
-    if one.start is None or other.start is None:
-        return False
+    return one.start is not None and other.start is not None and _same_ranges(one, other)
+
+
+def _same_ranges(one: BaseTensor, other: BaseTensor) -> bool:
+    assert one.start is not None
+    assert other.start is not None
     left = nbytes = math.prod(one.shape) * DTYPES[one.dtype] // 8
     with one.file.open("rb") as a, other.file.open("rb") as b:
         a.seek(one.start)

@@ -11,7 +11,7 @@ from typing import Any
 from loratools.adapter import Adapter
 from loratools.adapter_io import find_weights, open_adapter
 from loratools.basemodel import BaseModel, is_pipeline, open_base, open_pipeline, read_json_object
-from loratools.errors import UnknownArchitectureError, UnknownFormatError
+from loratools.errors import InputError, UnknownArchitectureError, UnknownFormatError
 from loratools.keymaps.detection import detect_architecture
 from loratools.planning.provenance import merged_adapters
 from loratools.publishing.words import (
@@ -28,6 +28,7 @@ from loratools.tensorfiles.file_names import (
     TORCH_SUFFIXES,
     WEIGHT_SUFFIXES,
 )
+from loratools.tensorfiles.inputs import open_input
 
 CARD = "README.md"
 _BASE_WORDS = ("ss_base_model", "base_model", "ss_sd_model_name")
@@ -215,7 +216,17 @@ def _few(numbers: Sequence[float]) -> str:
 
 def _card_beside(folder: Path) -> str | None:
     file = folder / CARD
-    return file.read_text(encoding="utf-8-sig") if file.is_file() else None
+    return read_card_file(file) if file.is_file() else None
+
+
+def read_card_file(file: Path) -> str:
+    """Return a card's text, its line ends untouched; raises InputError if it is no UTF-8 text."""
+    with open_input(file) as opened:
+        raw = opened.read()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text", "save it again as UTF-8") from error
 
 
 def _model(base: BaseModel) -> Contents:

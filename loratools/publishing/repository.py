@@ -12,7 +12,7 @@ from loratools.errors import UploadError
 from loratools.hub.client import hub_api, persistently, progress_bars
 from loratools.hub.failures import hub_errors
 from loratools.publishing.card import read_card
-from loratools.publishing.contents import CARD
+from loratools.publishing.contents import CARD, read_card_file
 from loratools.report import Json
 
 
@@ -64,7 +64,7 @@ def look_at(target: str, revision: str | None) -> There:
             present = None
         try:
             file = hf_hub_download(target, CARD, revision=present)
-            text = Path(file).read_text(encoding="utf-8-sig")
+            text = read_card_file(Path(file))
         except EntryNotFoundError:
             text = None
     return There(True, present == revision, text, bool(found.private))

@@ -31,6 +31,9 @@ LEFT_FOLDERS = re.compile(r"\.git|\.cache|__pycache__|checkpoint-\d+")
 """Folders beside a model that are no part of it."""
 
 PIPELINE_INDEX = "model_index.json"
+MODEL_MARKS = ("config.json", PIPELINE_INDEX)
+"""Files that make a folder a model's or a pipeline's."""
+
 PIPELINE_NETWORKS = (
     "unet",
     "transformer",

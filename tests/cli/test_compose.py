@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loratools.demo import make_adapter
+
 from .conftest import Run, tree
 
 CONFIG = "adapter_config.json"
@@ -105,7 +107,7 @@ def test_rank_gives_the_best_approximation_and_says_what_it_cost(run: Run) -> No
     assert missed == pytest.approx(float(values[5:].norm()), rel=1e-5)
     assert item["rank"] == 5
     assert item["relative_error"] == pytest.approx(missed / float(exact.norm()), rel=1e-4)
-    assert item["energy_retained"] == pytest.approx(1 - item["relative_error"] ** 2)
+    assert item["retained_energy"] == pytest.approx(1 - item["relative_error"] ** 2)
     first, second = change_of("adapter"), change_of("second")
     cosine = float((first * second).sum() / (first.norm() * second.norm()))
     assert item["cosines"]["1-2"] == pytest.approx(cosine, abs=1e-6)
@@ -132,6 +134,8 @@ def test_dry_run_writes_nothing_and_reports_alike(run: Run) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_dtype_rounds_and_keep_says_that_factors_widened(run: Run) -> None:
+    said = run("compose", "adapter", "second", "-o", "dry", "--dtype", "bf16", "--dry-run")
+    assert "rounded to bf16" in said.err
     for name in ("adapter", "second"):
         rewrite(name, lambda tensors: {n: t.bfloat16() for n, t in tensors.items()})
     done = run("compose", "adapter:0.7", "second", "-o", "wide")
@@ -380,6 +384,23 @@ def test_a_replaced_tensor_that_one_adapter_brings_counts_with_its_own_weight(ru
 
 
 @pytest.mark.usefixtures("here")
+def test_replaced_tensors_keep_the_widest_float_type_of_all(run: Run) -> None:
+    make_adapter(Path("third"), seed=3)
+    head = "base_model.model.lm_head.weight"
+    for name, dtype in (
+        ("adapter", torch.float16), ("second", torch.float32), ("third", torch.float8_e4m3fn),
+    ):  # fmt: skip
+        add_head(name, 1.0)
+        rewrite(name, lambda t, d=dtype: t | {head: torch.full((256, 64), 1.0, dtype=d)})  # type: ignore[misc]
+    rewrite("second", lambda t: t | {head: torch.full((256, 64), 1 / 3)})
+    done = run("compose", "adapter:0.5", "second:0.25", "third:0.25", "-o", "out")
+    assert done.code == 0, done.err
+    made = load_file(f"out/{WEIGHTS}")[head]
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, torch.full((256, 64), 0.75 + 1 / 12))
+
+
+@pytest.mark.usefixtures("here")
 def test_trained_rows_of_both_are_there(run: Run) -> None:
     table = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     for name, rows, value in (("adapter", [3, 7], 1.0), ("second", [7, 9], 3.0)):
@@ -427,6 +448,8 @@ _BAD_OPTIONS = [
     (("--method", "slerp", "--weights", "q_proj=-1,1"), "shares"),
     (("--weights", "q_proj=1"), "1 weights for 2 adapters"),
     (("--weights", "q_proj"), "PATTERN=w1,w2"),
+    (("--weights", "=1,2"), "no pattern"),
+    (("--weights", "1,2"), "no pattern"),
     (("--weights", "q_proj=1,x"), "PATTERN=w1,w2"),
     (("--weights", "q_proj=1,inf"), "not finite"),
     (("--weights", "(=1,2"), "PATTERN=w1,w2"),
@@ -532,6 +555,77 @@ def test_nan_is_refused(run: Run, damaged: Callable[..., None]) -> None:
     damaged(lambda tensors: tensors[f"{NAMES['q']}.lora_A.weight"].fill_(float("nan")))
     done = run("compose", "adapter", "second", "-o", "out")
     assert (done.code, "NaN" in done.err) == (1, True)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("weight", "options"),
+    [
+        ("1e308", ()),
+        ("1e300", ("--method", "svd")),
+        ("1e300", ("--method", "ties", "--rank", "2")),
+        ("1e300", ("--method", "core-ties")),
+    ],
+    ids=str,
+)
+def test_a_result_beyond_float32_is_refused(
+    run: Run, weight: str, options: tuple[str, ...]
+) -> None:
+    for second in ("second", "adapter"):
+        done = run("compose", f"adapter:{weight}", f"{second}:{weight}", "-o", "out", *options)
+        assert (done.code, "beyond float32" in done.err) == (1, True), done.err
+        assert "model.layers.0" in done.err
+        assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_an_alpha_beyond_float32_is_refused(run: Run) -> None:
+    config("adapter", lora_alpha=1e300)
+    done = run("compose", "adapter", "second", "-o", "out")
+    assert (done.code, "lora_alpha is 1e+300" in done.err) == (1, True)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dtype_that_leaves_only_zeros_is_refused(run: Run) -> None:
+    rewrite("adapter", lambda tensors: {name: t * 1e-20 for name, t in tensors.items()})
+    assert run("compose", "adapter", "-o", "out", "--dtype", "bf16").code == 0
+    done = run("compose", "adapter", "-o", "half", "--dtype", "fp16")
+    assert (done.code, "all 0 in fp16" in done.err) == (1, True)
+    assert not Path("half").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_weight_of_no_use_is_called_a_weight(run: Run) -> None:
+    for weight in ("0", "nan", "inf", "x"):
+        done = run("compose", f"adapter:{weight}", "second", "-o", "out")
+        assert done.code == 2
+        assert f"weight {weight}" in done.err.replace("'", "")
+    assert "strength 0" in run("merge", "base", "adapter:0", "-o", "out").err
+
+
+@pytest.mark.usefixtures("here")
+def test_the_base_is_looked_at_even_where_nothing_needs_it(run: Run) -> None:
+    assert run("compose", "adapter", "second", "-o", "out", "--base", "nowhere").code == 1
+    assert run("compose", "adapter", "second", "-o", "out", "--base", "adapter").code == 1
+    assert run("compose", "adapter", "second", "-o", "out", "--base", "base").code == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_is_not_replaced_by_a_folder(run: Run) -> None:
+    Path("x.safetensors").write_bytes(b"mine")
+    for more in ((), ("--dry-run",)):
+        done = run("compose", "adapter", "second", "-o", "x.safetensors", "--overwrite", *more)
+        assert (done.code, "is not a folder" in done.err) == (1, True)
+    assert Path("x.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.usefixtures("here")
+def test_8_bit_floats_are_read_and_combined(run: Run) -> None:
+    rewrite("adapter", lambda tensors: {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()})
+    assert run("compose", "adapter", "second:-1", "-o", "out").code == 0
+    tensors = load_file("adapter/adapter_model.safetensors")
+    up, down = (tensors[f"base_model.model.{Q1}.lora_{s}.weight"].double() for s in "BA")
+    near(change_of("out"), 2 * up @ down - change_of("second"))
 
 
 # ── methods ──────────────────────────────────────────────────────────────────────────────────

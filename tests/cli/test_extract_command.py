@@ -48,6 +48,11 @@ FAILURES = {
     "no number": (["--rank", "many"], 2, "many"),
     "format": (["--rank", "2", "--to", "kohyo"], 2, "kohya"),
     "other names": (["--rank", "2", "--to", "kohya"], 1, "--arch"),
+    "read only": (["--rank", "2", "--to", "xlabs"], 2, "read, not written"),
+    "include": (["--rank", "2", "--include", "q_porj"], 2, "q_porj"),
+    "exclude": (["--rank", "2", "--exclude", "nowhere"], 2, "--exclude 'nowhere'"),
+    "full": (["--rank", "2", "--full", "nowhere"], 2, "--full 'nowhere'"),
+    "arch": (["--rank", "2", "--arch", "sdxl"], 2, "Stable Diffusion XL"),
 }
 
 

@@ -24,9 +24,14 @@ from loratools.convert import convert_adapter
 from loratools.demo import run_demo
 from loratools.extract import extract_adapter
 from loratools.formats import FORMATS, get_format
+from loratools.pull import pull_from_hub
+from loratools.push import push_to_hub
+from loratools.quantize import dequantize_base, quantize_base
 from loratools.rebase import rebase_adapter
 from loratools.svd_resize import resize_adapter
 from loratools.verify import compare_adapters
+from tests.gguf_demo import write_demo_gguf
+from tests.hub_server import HubServer
 from tests.image_adapters import write_kohya_sdxl
 
 from .conftest import Run
@@ -43,8 +48,18 @@ TWINS: dict[str, Callable[..., Any]] = {
     "diff": compare_adapters,
     "inspect": summarize_files,
     "demo": run_demo,
+    "quantize": quantize_base,
+    "dequantize": dequantize_base,
+    "push": push_to_hub,
+    "pull": pull_from_hub,
 }
-WITHOUT_TWIN = {"formats", "methods"}
+GGUF_MODELS = {
+    "model-f16.gguf": "F16",
+    "base.gguf": "F16",
+    "model-q4_k_m.gguf": "Q4_0",
+    "model-q8_0.gguf": "Q8_0",
+}
+WITHOUT_TWIN = {"formats", "methods", "run"}
 SEVERAL = {"convert": {"adapters": "adapter"}, "resize": {"adapters": "adapter"}}
 """Commands that call their twin for each of several inputs: their word → the twin's."""
 SHARED = {"json", "quiet", "verbose"}
@@ -120,6 +135,10 @@ def named_as_in_examples(here: Path, run: Run) -> Path:
     shutil.copytree(here / "llama-3-8b", here / "base")
     shutil.copytree(here / "my-adapter", here / "other-adapter")
     write_kohya_sdxl(here / "style.safetensors")
+    for name, kind in GGUF_MODELS.items():
+        write_demo_gguf(here / "base", here / name, kind)
+    recipe = "steps:\n  small: {resize: my-adapter, rank: 2, output: small}\n"
+    (here / "recipe.yaml").write_text(recipe, "utf-8")
     (here / "loras").mkdir()
     for number in (1, 2):
         write_kohya_sdxl(here / f"loras/{number}.safetensors", seed=number)
@@ -128,9 +147,22 @@ def named_as_in_examples(here: Path, run: Run) -> Path:
     return here
 
 
+def fill_hub(hub: HubServer, folder: Path) -> None:
+    """Put on the Hub what the examples take to be there."""
+    adapter = {file.name: file.read_bytes() for file in (folder / "my-adapter").iterdir()}
+    hub.add("me/my-adapter", adapter)
+    hub.add("me/llama-3-8b", {"README.md": b"---\nlicense: llama3\n---\n"})
+    loras = hub.add("me/loras", {"ink.safetensors": (folder / "style.safetensors").read_bytes()})
+    loras.tags["v2"] = loras.branches["main"]
+
+
 @pytest.mark.parametrize(("name", "line"), list(all_examples()))
-def test_examples_run(named_as_in_examples: Path, run: Run, name: str, line: str) -> None:
-    if name == "unmerge":
+def test_examples_run(
+    named_as_in_examples: Path, run: Run, name: str, line: str, request: pytest.FixtureRequest
+) -> None:
+    if name in ("push", "pull"):
+        fill_hub(request.getfixturevalue("hub"), named_as_in_examples)
+    if name in ("unmerge", "push"):
         (named_as_in_examples / "given").rename("merged")
     words = [
         found
@@ -189,6 +221,10 @@ REQUIRED = {
     "diff": ["adapter", "second"],
     "inspect": ["adapter"],
     "demo": [],
+    "quantize": ["base", "-o", "out", "--to", "q8_0"],
+    "dequantize": ["base", "-o", "out"],
+    "push": ["adapter", "me/x"],
+    "pull": ["me/x", "-o", "out"],
 }
 """The least that each command must be given."""
 
@@ -232,6 +268,31 @@ LIGHT = {
     "formats": (["formats"], {}),
     "methods": (["methods"], {}),
     "merge help": (["merge", "--help"], {}),
+    "run help": (["run", "--help"], {}),
+    "completion of a format": (
+        [],
+        {
+            "_LORATOOLS_COMPLETE": "bash_complete",
+            "COMP_WORDS": "loratools convert a --to ",
+            "COMP_CWORD": "4",
+        },
+    ),
+    "completion of a method": (
+        [],
+        {
+            "_LORATOOLS_COMPLETE": "bash_complete",
+            "COMP_WORDS": "loratools compose a b --method core",
+            "COMP_CWORD": "5",
+        },
+    ),
+    "completion of an architecture": (
+        [],
+        {
+            "_LORATOOLS_COMPLETE": "bash_complete",
+            "COMP_WORDS": "loratools convert a --arch s",
+            "COMP_CWORD": "4",
+        },
+    ),
     "completion": (
         [],
         {"_LORATOOLS_COMPLETE": "bash_complete", "COMP_WORDS": "loratools me", "COMP_CWORD": "1"},
@@ -273,13 +334,37 @@ def test_answers_at_once(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [("loratools me", "merge"), ("loratools merge --o", "--output"), ("loratools -", "--version")],
+    [
+        ("loratools me", "plain,merge"),
+        ("loratools merge --o", "plain,--output"),
+        ("loratools -", "plain,--version"),
+        ("loratools merge ba", "file,ba"),
+        ("loratools merge base ad", "file,ad"),
+        ("loratools merge base adapter -o me", "file,me"),
+        ("loratools convert a --to dif", "plain,diffusers"),
+        ("loratools compose a --to kohy", "plain,kohya"),
+        ("loratools compose a b --method core-t", "plain,core-ties"),
+        ("loratools merge b a --arch sdx", "plain,sdxl"),
+        ("loratools merge b a --dtype bf", "plain,bf16"),
+    ],
 )
 def test_completion(words: str, offered: str) -> None:
     position = str(len(words.split()) - 1)
     asked = {"_LORATOOLS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": position}
     out, _ = start([], asked)
-    assert f"plain,{offered}" in out.splitlines()
+    assert offered in out.splitlines()
+
+
+def test_completion_offers_formats_that_are_written_and_all_methods() -> None:
+    from loratools._cli.options import ARCH_NAME, FORMAT_NAME, METHOD_NAME
+    from loratools.keymaps.registry import ARCHITECTURES
+    from loratools.merge_methods import METHODS
+
+    assert list(FORMAT_NAME.names()) == [
+        row.name for row in FORMATS if not get_format(row.name).read_only
+    ]
+    assert list(METHOD_NAME.names()) == [row.name for row in METHODS]
+    assert set(ARCH_NAME.names()) == {one.id for one in ARCHITECTURES}
 
 
 # ---------------------------------------------------------------------------- wrong usage

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.image_adapters import write_kohya_sdxl
 
@@ -222,3 +222,30 @@ def test_alignment_of_one(run: Run, here: Path) -> None:
 def test_alignment_of_different_models(run: Run, here: Path) -> None:
     outcome = run("inspect", "adapter", "ink.safetensors", "--alignment")
     assert (outcome.code, outcome.out) == (1, "")
+
+
+def test_an_unknown_architecture(run: Run, here: Path) -> None:
+    for more in ((), ("--spectrum",), ("second", "--alignment")):
+        done = run("inspect", "adapter", *more, "--arch", "nowhere")
+        assert (done.code, "no architecture" in done.err) == (1, True)
+
+
+def test_8_bit_floats(run: Run, here: Path) -> None:
+    file = here / "adapter/adapter_model.safetensors"
+    save_file({n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}, file)
+    tensors = load_file(file)
+    done = run("inspect", "adapter", "--spectrum", "--json")
+    assert done.code == 0, done.err
+    assert not done.document["notes"]
+    for row in done.document["facts"]["spectrum"]["by_layer"]:
+        up, down = (
+            tensors[f"base_model.model.{row['module']}.lora_{side}.weight"].double()
+            for side in "BA"
+        )
+        assert row["norm"] == pytest.approx(2 * float((up @ down).norm()), rel=1e-5)
+
+
+def test_which_adapter_has_no_known_architecture(run: Run, here: Path) -> None:
+    done = run("inspect", "ink.safetensors", "adapter", "--alignment")
+    assert done.code == 1
+    assert "adapter 2 of 2" in done.err

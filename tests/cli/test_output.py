@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from loratools import cli
 from loratools._cli.output import Output, human_bytes, wants_json
 from loratools.report import SCHEMA, Note, Report
 
@@ -241,3 +242,16 @@ def test_colours(here: Path, asked: bool) -> None:
     assert code == 1
     assert bool(re.search(r"\x1b\[[0-9;]*m", shown)) == asked
     assert re.sub(r"\x1b\[[0-9;]*m", "", shown).startswith("Error: no such file")
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (cli.Terminated, 143)])
+def test_who_stopped_it_is_in_the_exit_code(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], code: int
+) -> None:
+    def stopped(*paths: object, **options: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("loratools.summary.summarize_files", stopped)
+    done = run("inspect", "adapter")
+    assert (done.code, done.out) == (code, "")
+    assert "interrupted" in done.err

@@ -141,6 +141,7 @@ REFUSED = [
     (("--max-size", "huge"), 2, "no size"),
     (("--mean-rank", 2, "--score", "frobenius"), 2, "--base"),
     (("--rank", 2, "--base", "nowhere"), 1, "nowhere"),
+    (("--rank", 2, "--arch", "nowhere"), 1, "no architecture"),
 ]
 
 
@@ -191,3 +192,84 @@ def test_values_that_are_no_numbers_are_named(run: Run, tmp_path: Path) -> None:
     outcome = run("resize", source, "-o", tmp_path / "b.safetensors", "--rank", 2)
     assert outcome.code == 1
     assert MODULE in outcome.err
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_factors_of_8_bits(run: Run, tmp_path: Path, dtype: torch.dtype, rank: int) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_kohya(source, rank=4)
+    tensors = load_file(source)
+    small = {n: (t * 8).to(dtype) if ".lora_" in n else t for n, t in tensors.items()}
+    save_file(small, source)
+    for word in ("keep", "fp16"):
+        options = ("--rank", rank, "--dtype", word, "--overwrite", "--json")
+        done = run("resize", source, "-o", target, *options)
+        assert done.code == 0, done.err
+        before, after = product(source, MODULE), product(target, MODULE)
+        item = next(i for i in done.document["items"] if i["module"] == MODULE)
+        true = float((after - before).norm() / before.norm())
+        assert item["relative_error"] == pytest.approx(true, rel=1e-4, abs=1e-7)
+        kept = load_file(target)[f"{MODULE}.lora_up.weight"].dtype
+        floats = dtype if dtype.is_floating_point else torch.float32
+        assert kept == (torch.float16 if word == "fp16" else floats if rank < 4 else dtype)
+
+
+def test_a_dtype_that_leaves_only_zeros_is_refused(run: Run, tmp_path: Path) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_kohya(source)
+    save_file({n: t * 1e-20 if "lora" in n else t for n, t in load_file(source).items()}, source)
+    assert run("resize", source, "-o", target, "--rank", 2, "--dtype", "bf16").code == 0
+    done = run("resize", source, "-o", tmp_path / "c", "--rank", 2, "--dtype", "fp16")
+    assert done.code == 1
+    assert "lora_unet_input_blocks_4_0_in_layers_2: the values" in done.err
+    assert not (tmp_path / "c").exists()
+
+
+# ── several at a time ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("command", ["resize", "convert"])
+def test_two_results_of_one_name_are_refused_before_the_first(
+    run: Run, here: Path, command: str
+) -> None:
+    options = ("--rank", 1) if command == "resize" else ("--to", "kohya")
+    (here / "more").mkdir()
+    write_kohya(here / "more/ink.safetensors")
+    for more in ((), ("--dry-run",), ("--overwrite",)):
+        done = run(command, "ink.safetensors", "more/ink.safetensors", "-o", "out", *options, *more)
+        assert done.code == 2
+        assert "ink.safetensors and more/ink.safetensors" in done.err
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["resize", "convert"])
+def test_a_result_that_exists_is_refused_before_the_first(
+    run: Run, here: Path, command: str
+) -> None:
+    options = ("--rank", 1) if command == "resize" else ("--to", "kohya")
+    write_kohya(here / "loras.safetensors")
+    (here / "out").mkdir()
+    (here / "out/loras.safetensors").write_bytes(b"mine")
+    for more in ((), ("--dry-run",)):
+        done = run(command, "ink.safetensors", "loras.safetensors", "-o", "out", *options, *more)
+        assert done.code == 1
+        assert "out/loras.safetensors: already exists" in done.err
+    assert [path.name for path in (here / "out").iterdir()] == ["loras.safetensors"]
+
+
+def test_what_was_written_before_a_failure_is_told(run: Run, here: Path) -> None:
+    done = run("resize", "ink.safetensors", "nowhere", "-o", "out", "--rank", 1, "--json")
+    assert done.code == 1
+    assert "nowhere" in done.document["message"]
+    assert "written before: out/ink.safetensors" in done.document["message"]
+    assert (here / "out/ink.safetensors").is_file()
+
+
+def test_gguf_files_keep_their_suffix(run: Run, here: Path) -> None:
+    made = run("convert", "adapter", "-o", "one.gguf", "--to", "gguf", "--base", "base")
+    assert made.code == 0, made.err
+    done = run("resize", "one.gguf", "ink.safetensors", "-o", "out", "--rank", 2)
+    assert done.code == 0, done.err
+    assert sorted(p.name for p in (here / "out").iterdir()) == ["ink.safetensors", "one.gguf"]
+    assert run("inspect", "out/one.gguf", "--json").document["facts"]["ranks"] == {"2": 9}

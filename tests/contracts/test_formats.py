@@ -205,6 +205,16 @@ class TestContract:
 
     @FEWER
     @given(data=st.data())
+    def test_says_whether_it_is_a_folder(self, row: FormatRow, data: st.DataObject) -> None:
+        chosen = writer(row)
+        kinds = tuple(kind for kind in LAYER_KINDS if kind in chosen.holds)
+        written = chosen.write(native(data.draw(adapters(kinds=kinds)), row))
+        assert bool(written.sidecars) == chosen.has_side_files
+        assert chosen.is_folder("out") == (chosen.weights_file is not None)
+        assert chosen.is_folder("out.safetensors") == chosen.has_side_files
+
+    @FEWER
+    @given(data=st.data())
     def test_factors_keep_their_bits(self, row: FormatRow, data: st.DataObject) -> None:
         """Plain LoRA goes through a format that holds it without any arithmetic on tensors."""
         chosen = writer(row)

@@ -41,12 +41,16 @@ _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 
 def make_files(folder: Path) -> None:
     """Make what the pages take for given: a base, two adapters for it and one for SDXL."""
+    from tests.docs.examples import write_wide
+    from tests.gguf_demo import write_demo_gguf
     from tests.image_adapters import write_kohya_sdxl
 
     make_base(folder / "base")
     make_adapter(folder / "adapter")
     make_adapter(folder / "style", seed=2)
     write_kohya_sdxl(folder / "ink.safetensors")
+    write_wide(folder / "wide")
+    write_demo_gguf(folder / "base", folder / "model.gguf")
 
 
 def console_blocks(text: str) -> list[str]:
@@ -75,7 +79,6 @@ def execute(command: str) -> str:
         return in_shell(command)
     code, out, err = in_process(first)
     if bar:
-        assert code == 0, err
         return in_shell(rest, out)
     text = (out + err).replace(str(Path.cwd()), HOME)
     failed = text.startswith(("Error: ", '{\n  "schema": 1,\n  "error"'))
@@ -252,14 +255,17 @@ def rewritten(block: re.Match[str]) -> str:
 def main() -> None:
     """Write today's output into every page, or into those that are named."""
     sys.path.insert(0, str(ROOT))
+    from tests.docs.conftest import served
+
     named = [Path(name).resolve() for name in sys.argv[1:]]
     for page in named or PAGES:
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as other:
             folder = Path(name).resolve()
             make_files(folder)
             os.chdir(folder)
             text = page.read_text("utf-8")
-            page.write_text(_BLOCK.sub(rewritten, text), "utf-8")
+            with served(page, Path(other)):
+                page.write_text(_BLOCK.sub(rewritten, text), "utf-8")
             os.chdir(ROOT)
             shutil.rmtree(folder / "merged", ignore_errors=True)
 

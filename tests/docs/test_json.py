@@ -7,16 +7,18 @@ import json
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loratools import cli
 from loratools.report import SCHEMA
 
+from .conftest import served
 from .test_commands import NAMES, ROOT, make_files
 
 PAGE = ROOT / "docs/json.md"
@@ -24,9 +26,11 @@ PAGE = ROOT / "docs/json.md"
 RUNS = """
 merge base adapter -o o1
 merge base adapter:0.5 style -o o2 --dtype bf16 --dry-run
-merge o2q.gguf adapter -o o3.gguf
+merge q8.gguf tiny -o o3.gguf
+merge plain.gguf tiny -o o4.gguf --quant q6_k
 unmerge o1 adapter -o u1
 unmerge o1 -o u2 --base base
+unmerge o3.gguf -o u3.gguf --base q8.gguf
 convert ink.safetensors -o c1.safetensors --to diffusers
 convert adapter -o c2.gguf --to gguf --base base
 resize adapter -o r1 --rank 2
@@ -38,7 +42,7 @@ extract base o1 -o e1 --rank 4
 extract base o1 -o e2 --energy 0.9 --dry-run
 rebase adapter --from base --onto o1 -o b1 --rank 2
 rebase adapter --from base --onto o1 --rank 0
-quantize base16.gguf -o q1.gguf --to q8_0
+quantize plain.gguf -o q1.gguf --to q8_0
 dequantize q1.gguf -o q2.gguf
 diff adapter style
 inspect adapter --spectrum
@@ -47,18 +51,23 @@ inspect adapter style
 inspect adapter style --alignment
 inspect base
 inspect ink.safetensors
-inspect base16.gguf
+inspect plain.gguf
 inspect c2.gguf
 formats
 methods
+push adapter me/new-adapter --base-model me/base --dry-run
+push adapter me/new-adapter --base-model me/base
+pull me/adapter -o p1
 demo
 demo -o kept
 run recipe.yaml --dry-run
 run recipe.yaml
+run stop.yaml
 """
 """Commands whose documents show every key."""
 
 RECIPE = "steps:\n  a: {resize: adapter, rank: 1}\n  b: {merge: [base, $a], output: run1}\n"
+STOP = "steps:\n  a: {diff: [adapter, style]}\n"
 
 TYPES: Mapping[str, tuple[type, ...]] = {
     "text": (str,),
@@ -85,8 +94,8 @@ def documents(line: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """Yield operation → the documents of all runs."""
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Return operation → the documents of all runs."""
     folder = tmp_path_factory.mktemp("json")
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
@@ -94,14 +103,22 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[di
         make_files(folder)
         make_gguf(folder)
         Path("recipe.yaml").write_text(RECIPE)
-        for line in RUNS.strip().splitlines():
-            for document in documents(line):
-                found[document["operation"]].append(document)
-    yield found
+        Path("stop.yaml").write_text(STOP)
+        with served(ROOT / "docs/push.md", tmp_path_factory.mktemp("hub")):
+            for line in RUNS.strip().splitlines():
+                for document in documents(line):
+                    found[document["operation"]].append(document)
+    return found
 
 
 def make_gguf(folder: Path) -> None:
-    """Make GGUF models of the demo's base: plain, and with tensors of few bits."""
+    """Make two GGUF models, one of 8 bits, and an adapter for them."""
+    from tests.gguf_models import write_adapter, write_model
+
+    torch.manual_seed(0)
+    write_model(folder / "plain.gguf", {})
+    write_model(folder / "q8.gguf", {"": "Q8_0"})
+    write_adapter(folder / "tiny")
 
 
 def tables(name: str) -> dict[str, dict[str, str]]:
@@ -109,7 +126,9 @@ def tables(name: str) -> dict[str, dict[str, str]]:
     text = PAGE.read_text("utf-8")
     section = re.split(r"^## ", text.partition(f"\n## {name}\n")[2], flags=re.MULTILINE)[0]
     found: dict[str, dict[str, str]] = {"facts": {}, "items": {}}
-    for where, key, kind in re.findall(r"^\| (facts|items) \| `(\w+)` \| ([\w ,?]+) \|", section, re.M):
+    for where, key, kind in re.findall(
+        r"^\| (facts|items) \| `(\w+)` \| ([\w ,?]+) \|", section, re.MULTILINE
+    ):
         found[where][key] = kind
     return found
 
@@ -140,9 +159,7 @@ def test_the_page_has_the_keys_that_are_printed(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_has_no_other_keys(
-    seen: Mapping[str, list[dict[str, Any]]], name: str
-) -> None:
+def test_the_page_has_no_other_keys(seen: Mapping[str, list[dict[str, Any]]], name: str) -> None:
     facts = {key for document in seen[name] for key in document["facts"]}
     items = {key for document in seen[name] for row in document["items"] for key in row}
     page = tables(name)
@@ -152,7 +169,7 @@ def test_the_page_has_no_other_keys(
 
 def test_the_envelope_and_its_number(seen: Mapping[str, list[dict[str, Any]]]) -> None:
     text = PAGE.read_text("utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", text.partition("\n## ")[0], re.M))
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", text.partition("\n## ")[0], re.MULTILINE))
     keys = ["schema", "operation", "dry_run", "inputs", "output", "facts", "items", "notes"]
     failure = ["error", "message", "hint"]
     assert list(rows) == [*keys, *failure]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,34 @@ from loratools.tensorfiles.gguf import read_gguf_header
 from loratools.tensorfiles.gguf_tensors import map_tensors
 
 from . import llama
-from .test_gguf_llama import MODELS, make_base
+from .test_gguf_llama import MODELS, MOE, OLD, SMALL, make_base
 
 pytestmark = pytest.mark.slow
 
+TIED = {**SMALL, "tie_word_embeddings": True}
+MORE: dict[str, dict[str, Any]] = {
+    "Qwen2": SMALL,
+    "Qwen2Moe": {**SMALL, **MOE, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1},
+    "Gemma": {**TIED, "head_dim": 16},
+    "Gemma2": {**TIED, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "Cohere": {**TIED, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "Glm4": {**SMALL, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1},
+    "Phi": SMALL,
+    "StableLm": SMALL,
+    "Nemotron": {**SMALL, "head_dim": 16},
+    "Olmoe": {**SMALL, **MOE, "pad_token_id": 0, "eos_token_id": 1},
+    "GPTBigCode": {**OLD, "n_positions": 64},
+    "SmolLM3": {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "SeedOss": {**SMALL, "head_dim": 16},
+    "Ernie4_5": {**SMALL, "head_dim": 16},
+}
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_there_and_back(name: str, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("name", [*MODELS, *MORE])
+def test_a_checkpoint_there_and_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, name, MODELS.get(name) or MORE[name])
     base = make_base(name, tmp_path / "base")
     theirs = llama.base_gguf(base, tmp_path / "theirs.gguf")
     dequantize_base(theirs, tmp_path / "back", base_config=base, dtype="fp32")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loratools.merge import merge_into_base
+from loratools.quantize import dequantize_base, quantize_base
 
 pytestmark = pytest.mark.peers
 
@@ -32,23 +33,32 @@ def settings(transformers: Any, kind: str) -> Any:
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=kind.split()[0],
+        bnb_4bit_quant_type=kind[:3],
         bnb_4bit_use_double_quant="nested" in kind,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
 
 
+def save_llama(transformers: Any, folder: Path, inner: int) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=inner, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama in bfloat16, one matrix of whose rows are no whole blocks of 64."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=128, intermediate_size=336, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("float")
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_llama(transformers, tmp_path_factory.mktemp("float"), 336)
+
+
+@pytest.fixture(scope="module")
+def even(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that bitsandbytes' CPU kernels can compute with."""
+    return save_llama(transformers, tmp_path_factory.mktemp("even"), 256)
 
 
 def quantised(transformers: Any, model: Path, folder: Path, kind: str) -> Path:
@@ -115,24 +125,14 @@ def test_the_default_is_dequantise_and_merge(
 @pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8"])
 @pytest.mark.parametrize("rounding", ["nearest", "adapter-aware"])
 def test_what_is_kept_loads_and_computes_with_its_own_weights(
-    transformers: Any, tmp_path: Path, kind: str, rounding: str
+    transformers: Any, even: Path, tmp_path: Path, kind: str, rounding: str
 ) -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "float")
-    base = quantised(transformers, tmp_path / "float", tmp_path / "base", kind)
-    lora = adapter(transformers, tmp_path / "float", tmp_path / "adapter", size=0.05)
+    base = quantised(transformers, even, tmp_path / "base", kind)
+    lora = adapter(transformers, even, tmp_path / "adapter", size=0.05)
     merge_into_base(base, lora, tmp_path / "out", quant="keep", rounding=rounding)
-    # Nothing lands on the final norm of this one, so it only dequantises.
-    merged = weights(tmp_path / "out")
-    assert merged.keys() == weights(base).keys()
-    dense = tmp_path / "dense"
-    still = adapter(transformers, tmp_path / "float", tmp_path / "still", size=1e-6)
-    merge_into_base(tmp_path / "out", still, dense, dtype="fp32")
-    ours = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+    assert weights(tmp_path / "out").keys() == weights(base).keys()
+    dequantize_base(tmp_path / "out", tmp_path / "dense")
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with torch.no_grad():
         expected = ours(IDS).logits.float()
     found = logits(transformers, tmp_path / "out")
@@ -180,3 +180,68 @@ def test_mlx_is_dequantised_and_merged(tmp_path: Path) -> None:
     again = torch.tensor(mx.dequantize(*parts, group_size=64, bits=4).tolist())
     share = ((again - theirs) * (up @ down)).sum() / (up @ down).square().sum()
     assert float(share) > 0.9
+
+
+# ── loratools quantize ──
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, other)))
+
+
+KINDS = {"nf4": "nf4", "nf4-double": "nf4 nested", "fp4": "fp4", "int8": "int8"}
+
+
+@pytest.mark.parametrize("word", list(KINDS))
+def test_what_is_quantised_here_is_what_transformers_quantises(
+    transformers: Any, even: Path, tmp_path: Path, word: str
+) -> None:
+    quantize_base(even, tmp_path / "ours", to=word)
+    theirs = quantised(transformers, even, tmp_path / "theirs", KINDS[word])
+    found, expected = weights(tmp_path / "ours"), weights(theirs)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        if "quant_state" not in name:
+            assert same_bytes(tensor, expected[name]), name
+            continue
+        states = [json.loads(bytes(t.tolist())) for t in (tensor, expected[name])]
+        offsets = [state.pop("nested_offset", 0.0) for state in states]
+        assert torch.tensor(offsets[0]) == torch.tensor(offsets[1])
+        assert states[0] == states[1]
+    assert torch.equal(logits(transformers, tmp_path / "ours"), logits(transformers, theirs))
+
+
+def test_fp8_blocks_load_in_transformers(transformers: Any, model: Path, tmp_path: Path) -> None:
+    """On a CPU transformers dequantises them while loading."""
+    quantize_base(model, tmp_path / "ours", to="fp8")
+    stored, before = weights(tmp_path / "ours"), weights(model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for name, tensor in loaded.state_dict().items():
+        if f"{name}_scale_inv" not in stored:
+            continue
+        scale = stored[f"{name}_scale_inv"]
+        wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        expected = stored[name].float() * wide[: tensor.shape[0], : tensor.shape[1]]
+        assert float((expected - before[name].float()).norm() / before[name].float().norm()) < 0.04
+        if tensor.shape[0] % 128 == 0 and tensor.shape[1] % 128 == 0:
+            torch.testing.assert_close(tensor.float(), expected, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mlx_quantises_to_the_same_bytes(model: Path, tmp_path: Path, bits: int) -> None:
+    mx = pytest.importorskip("mlx.core")
+    quantize_base(model, tmp_path / "ours", to=f"mlx-{bits}")
+    found = mx.load(str(tmp_path / "ours" / "model.safetensors"))
+    before = mx.load(str(model / "model.safetensors"))
+    names = [name.removesuffix(".scales") for name in found if name.endswith(".scales")]
+    assert "model.embed_tokens" in names
+    for name in names:
+        expected = mx.quantize(before[f"{name}.weight"], group_size=64, bits=bits)
+        for part, array in zip(("weight", "scales", "biases"), expected, strict=True):
+            stored = found[f"{name}.{part}"]
+            assert stored.dtype == array.dtype
+            assert bool(mx.all(stored == array)), f"{name}.{part}"
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 64, "bits": bits}

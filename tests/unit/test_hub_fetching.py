@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from loratools import load_adapter, merge_into_base, summarize
 from loratools.convert import convert_adapter
 from loratools.demo import make_adapter, make_base
-from loratools.errors import HubError, LoratoolsError, MatchError
+from loratools.errors import CorruptFileError, HubError, LoratoolsError, MatchError
 from loratools.hub import client
 from loratools.pull import pull_from_hub
 from loratools.verify import compare_adapters
@@ -237,6 +237,24 @@ def test_an_error_names_the_reference_and_not_the_cache(
     assert isinstance(caught.value, MatchError)
     assert "cache" not in caught.value.message
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", ["../up.safetensors", "a/../../b.json", "/etc/x", "c:\\x", "a//b"])
+def test_names_that_lead_elsewhere_are_refused(hub: HubServer, tmp_path: Path, name: str) -> None:
+    hub.add("me/evil", {"model.safetensors": b"x", "config.json": b"{}", name: b"evil"})
+    for reach in (summarize, load_adapter, lambda text: pull_from_hub(text, tmp_path / "out")):
+        with pytest.raises(HubError, match="unsafe name"):
+            reach("hf://me/evil")
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_an_index_of_shards_that_are_not_there(hub: HubServer, base: Path) -> None:
+    model = shard(base)
+    del model["model-00002-of-00002.safetensors"]
+    hub.add("me/base", model)
+    with pytest.raises(CorruptFileError, match="model-00002") as caught:
+        summarize("hf://me/base")
+    assert "not complete" in str(caught.value.hint)
 
 
 def _gate(repo: Repo) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from loratools.keymaps.gguf_model import GGUFModel, Step
 from loratools.keymaps.gguf_models import MODELS
 from loratools.keymaps.gguf_ops import Parts
 from loratools.keymaps.gguf_to import ops_of
+from loratools.keymaps.gguf_vectors import VECTORS
 from loratools.keymaps.gguf_weights import gather_weights
 from loratools.quantize import dequantize_base, quantize_base
 from loratools.streaming.gathering import gathered
@@ -216,6 +218,20 @@ def test_a_folder_needs_a_config(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="one file"):
         dequantize_base(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arch", VECTORS)
+def test_norms_have_the_names_of_gguf_py(arch: str) -> None:
+    """Names that its map lacks for an architecture are of tensors that such models lack."""
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(numbers[arch], 2)
+    found = 0
+    for step in VECTORS[arch]:
+        for source, target in zip(step.sources, step.targets, strict=True):
+            theirs = known.get_name(source.format(i=1))
+            assert theirs in (None, target.format(i=1)), source
+            found += theirs is not None
+    assert found >= min(len(VECTORS[arch]), 2)
 
 
 # ── every layout, against what the steps do to low-rank factors ──────────────────────────────

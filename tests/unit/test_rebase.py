@@ -120,6 +120,18 @@ def test_a_total_rank_is_the_best_of_the_sum(bases: tuple[Path, Path]) -> None:
         assert cut[path].rank == 4  # type: ignore[attr-defined]
 
 
+def test_a_cut_that_loses_more_than_is_carried_is_warned_of(bases: tuple[Path, Path]) -> None:
+    one, two = bases
+    folder = one.parent
+    for total, worse in ((1, True), (40, False)):
+        report = rebase_adapter(
+            folder / "adapter", folder / f"to {total}", source=one, target=two, rank=SHIFT_RANK,
+            total_rank=total,
+        )  # fmt: skip
+        assert (report.facts["share_captured"] < 0) == worse
+        assert any("loses more" in note.message for note in report.notes) == worse
+
+
 def test_rank_0_measures_and_writes_nothing(bases: tuple[Path, Path]) -> None:
     one, two = bases
     before = sorted(one.parent.iterdir())
@@ -188,6 +200,10 @@ WRONG: dict[str, tuple[dict[str, Any], bool, type[LoratoolsError], str]] = {
     "no output": ({"rank": 2}, False, OptionError, "no output"),
     "output for nothing": ({"rank": 0}, True, OptionError, "nothing is written"),
     "format": ({"rank": 2, "to": "pefd"}, True, OptionError, "pefd"),
+    "read only": ({"rank": 2, "to": "xlabs"}, True, OptionError, "read, not written"),
+    "rank beyond": ({"rank": 65}, True, OptionError, "give at most 64|above the shape"),
+    "total rank beyond": ({"rank": 2, "total_rank": 65}, True, OptionError, "above the shape"),
+    "total of nothing": ({"rank": 0, "total_rank": 2}, False, OptionError, "adds nothing"),
     "other names": ({"rank": 2, "to": "kohya"}, True, LoratoolsError, "architecture"),
 }
 
@@ -218,6 +234,16 @@ def test_other_shapes_are_named(bases: tuple[Path, Path]) -> None:
     name = f"{LAYER}.weight"
     rewritten(two, lambda tensors: tensors.update({name: torch.zeros(63, 64)}))
     with pytest.raises(MatchError, match=rf"{LAYER}.weight: 64x64 and 63x64"):
+        rebase_adapter(one.parent / "adapter", one.parent / "out", source=one, target=two, rank=2)
+
+
+def test_an_adapter_of_other_shapes_is_named(bases: tuple[Path, Path]) -> None:
+    one, two = bases
+    file = one.parent / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    wide = {n: torch.cat([t, t[:, :1]], 1) if "lora_A" in n else t for n, t in tensors.items()}
+    save_file(wide, file, metadata={"format": "pt"})
+    with pytest.raises(MatchError, match=f"{one.parent / 'adapter'} onto .*do not fit"):
         rebase_adapter(one.parent / "adapter", one.parent / "out", source=one, target=two, rank=2)
 
 

@@ -1,0 +1,35 @@
+"""Files that pages take for given, beside those of ``loratools demo``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+LAYERS = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 64), "mlp.down_proj": (64, 160)}
+RANK = 32
+
+
+def write_wide(folder: Path) -> None:
+    """Write a PEFT adapter of rank 32 whose singular values fall, at another pace in each layer.
+
+    σᵢ = exp(−i/τ) with τ from 2 to 12: the shape that spectra of trained adapters have, made up.
+    """
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for layer in range(3):
+        for place, (name, (rows, columns)) in enumerate(LAYERS.items()):
+            pace = 2.0 + 10.0 * (3 * layer + place) / 8
+            values = torch.exp(-torch.arange(RANK) / pace).sqrt()
+            up, _ = torch.linalg.qr(torch.randn(rows, RANK, generator=generator))
+            down, _ = torch.linalg.qr(torch.randn(columns, RANK, generator=generator))
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = (down * values).T.contiguous() / 4
+            tensors[f"{prefix}.lora_B.weight"] = (up * values).contiguous() / 4
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    names = sorted(name.rpartition(".")[2] for name in LAYERS)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": names}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
