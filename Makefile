@@ -68,7 +68,7 @@ lint: venv ## check style, formatting, the layers of imports, spelling
 types: venv ## check the types of the library
 	@$(BIN)/mypy
 
-docs: venv ## check the documentation: links, examples
+docs: venv ## check the documentation: links, examples, nothing left out
 	@$(BIN)/python -m pytest tests/docs $(PYTEST_ARGS)
 
 bench: venv ## time the commands against their peers (40 GB of disk; BENCH_ARGS=--skip-8b: 10 GB; MERGEKIT=PYTHON)

@@ -30,6 +30,7 @@ from loratools.planning.merge_report import MergeJob, merge_report, touched_tens
 from loratools.planning.networks import plan_pipeline
 from loratools.planning.no_change import refuse_no_change, refuse_untrained
 from loratools.planning.packed_bases import NEAREST, shaping_strength
+from loratools.planning.residual import check_residual, residual_folder, write_residual
 from loratools.planning.unmerge_plan import (
     bound_notes,
     error_bounds,
@@ -58,6 +59,7 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     quant: str | None = None,
     rounding: str = NEAREST,
     rounding_strength: float | None = None,
+    residual_rank: int | None = None,
     residual_base: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -87,6 +89,8 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
         rounding: ``nearest``, or ``adapter-aware``: scales stay, and codes are chosen so that the
             error avoids the inputs that the adapters act on.
         rounding_strength: how much more an error there counts than one elsewhere.
+        residual_rank: also write what rounding left out of packed weights, as an adapter of this
+            rank, to ``output`` with ``-residual`` behind its name.
         residual_base: the base already lacks what PiSSA, OLoRA ... took out of it.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -119,9 +123,22 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
         job = MergeJob(root, plans, loaded, opened.files, opened.other_files)
     else:
         job = MergeJob(root, {"": plan(opened, shares)}, loaded, opened.files)
-    results = _write(job, Path(output), compute, overwrite, dry_run, progress)
+    _check_residual(job, Path(output), residual_rank, overwrite)
+    results = _write(
+        job, Path(output), compute, overwrite, dry_run, progress, lossy=residual_rank is not None
+    )
     report = merge_report("merge", job, results, None if dry_run else str(output))
-    return replace(report, notes=(*report.notes, *_absent_notes(opened, loaded)))
+    notes = [*report.notes, *_absent_notes(opened, loaded)]
+    if residual_rank and not dry_run:
+        (only,) = job.plans.values()
+        notes.append(write_residual(only, Path(output), residual_rank, overwrite=overwrite))
+    return replace(report, notes=tuple(notes))
+
+
+def _check_residual(job: MergeJob, output: Path, rank: int | None, overwrite: bool) -> None:
+    if rank is not None:
+        check_residual(job.plans, rank)
+        check_destination(residual_folder(output), folder=True, overwrite=overwrite)
 
 
 def _absent_notes(base: BaseModel | Pipeline, loaded: Sequence[LoadedAdapter]) -> Iterator[Note]:
@@ -225,8 +242,13 @@ def _write(
     overwrite: bool,
     dry_run: bool,
     progress: Progress | None,
+    *,
+    lossy: bool = False,
 ) -> Results:
-    """Write the planned checkpoints, or only ask whether their destination would be accepted."""
+    """Write the planned checkpoints, or only ask whether their destination would be accepted.
+
+    ``lossy`` outputs may be the base's own bytes: what they lack is written beside them.
+    """
     refuse_untrained(
         p for plan in job.plans.values() for ps in plan.placements.values() for p in ps
     )
@@ -245,6 +267,6 @@ def _write(
         other_files=job.other_files,
         overwrite=overwrite,
         inputs=inputs,
-        accept=lambda results: refuse_no_change(touched_tensors(job, results)),
+        accept=lambda results: None if lossy else refuse_no_change(touched_tensors(job, results)),
         progress=progress,
     )

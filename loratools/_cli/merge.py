@@ -69,6 +69,12 @@ COMPAT = ("comfyui", "lycoris", "sd-scripts", "a1111")
     help="Weight of errors that the adapter sees, for adapter-aware rounding.",
 )
 @click.option(
+    "--residual-rank",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --quant keep: also write OUT-residual, what rounding left out.",
+)
+@click.option(
     "--residual-base",
     is_flag=True,
     help="BASE already lacks what PiSSA, OLoRA, CorDA ... took out of it.",
@@ -80,9 +86,9 @@ def command(base: str, adapters: Strengths, out: Output, **options: Any) -> None
     """Fold ADAPTERs into BASE and write the merged model.
 
     BASE is a Hugging Face folder, a diffusers pipeline or component folder, or one .safetensors
-    or .gguf file. Each ADAPTER, of any format, may carry a strength after its last colon. Everything no
-    adapter touches is copied byte for byte; every adapter tensor must find its place, or nothing
-    is written.
+    or .gguf file. Each ADAPTER, of any format, may carry a strength after its last colon.
+    Everything no adapter touches is copied byte for byte; every adapter tensor must find its
+    place, or nothing is written. A base of 4 or 8 bits is written in 16, unless --quant says keep.
     """
     import_torch()
     from loratools.merge import merge_into_base

@@ -87,7 +87,7 @@ class Output:
 
     def interrupted(self) -> None:
         """Say that the user stopped the command."""
-        self._failure("Interrupted", "interrupted; nothing was written", None)
+        self._failure("Interrupted", "interrupted; no output was left half-written", None)
 
     def _failure(self, kind: str, message: str, hint: str | None) -> None:
         if self.json:

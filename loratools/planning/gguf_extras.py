@@ -104,7 +104,7 @@ def _check_shape(name: str, extra: Extra, target: str, base: BaseModel) -> None:
         grown = target in _TABLES and ours[1:] == shape[1:]
         raise MatchError(
             f"{name}: {tuple(ours)}, and {target} in {base.path} is {tuple(shape)}",
-            hint="the adapter has another vocabulary, and the tokenizer in the GGUF file would have "
+            hint="the adapter has another vocabulary, and the tokenizer of the GGUF would have "
             f"to follow: {_ELSEWHERE}"
             if grown
             else "is this the adapter's base?",

@@ -71,7 +71,7 @@ def written_type(name: str, word: str, columns: int, quant: str, dtype: str) -> 
     if word in DTYPES:
         if word not in FLOAT_WORDS:
             raise UnsupportedError(
-                f"{name}: stored as {word}, an integer type that merge cannot fold into",
+                f"{name}: stored as {word} without a scale, which merge cannot fold into",
                 hint="merge into the 16-bit original of this base",
             )
         return output_dtype(word, dtype)

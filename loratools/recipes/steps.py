@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +12,11 @@ from loratools.held import MARK
 from loratools.hub.references import is_reference
 from loratools.recipes.faults import Fault, raise_faults
 from loratools.recipes.order import in_order, producers
-from loratools.recipes.reading import NAME, Option, Word, WrittenStep
+from loratools.recipes.reading import NAME, Word, WrittenStep
 from loratools.recipes.verbs import Parameter, Verb
+from loratools.recipes.words import MENTION, TRUE, mentions, word_faults
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.destination import settled
-
-_TRUE, _FALSE = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"})
-_MENTION = re.compile(re.escape(MARK) + rf"({NAME.pattern})(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,14 +79,14 @@ def check_steps(
     nothing, missing inputs, outputs that collide, circles.
     """
     faults: list[Fault] = []
-    mentioned = {name for one in written for name in _mentions(one)}
+    mentioned = {name for one in written for name in mentions(one)}
     drafts = {
         one.name.text: _draft(one, verbs[one.verb], one.name.text in mentioned) for one in written
     }
     steps = []
     for draft in drafts.values():
         before = len(faults)
-        faults += _word_faults(draft.written, draft.verb)
+        faults += word_faults(draft.written, draft.verb)
         if len(faults) == before and (step := _step(draft, drafts, faults)):
             steps.append(step)
     made = producers({name: _outputs_of(draft) for name, draft in drafts.items()})
@@ -104,46 +101,6 @@ def check_steps(
     order = in_order(needs, {name: step.line for name, step in linked.items()}, faults)
     raise_faults(source, faults)
     return tuple(linked[name] for name in order)
-
-
-# ── words ────────────────────────────────────────────────────────────────────────────────────
-
-
-def _word_faults(step: WrittenStep, verb: Verb) -> Iterator[Fault]:
-    """Yield what is wrong with the names and counts of a step's words."""
-    options, where = verb.options, f"step {step.name.text}"
-    for name, option in step.options.items():
-        if name not in options:
-            hint = did_you_mean(name, options)
-            yield Fault(option.line, f"{where}: {verb.name} has no option {name!r}", hint)
-        elif fault := _count_fault(options[name], option):
-            yield Fault(option.line, f"{where}: {name}: {fault}")
-    many = any(one.several for one in verb.arguments)
-    most = len(verb.arguments)
-    if not many and len(step.arguments) > most:
-        line = step.arguments[most].line
-        yield Fault(line, f"{where}: {verb.name} takes {most} inputs, not {len(step.arguments)}")
-
-
-def _count_fault(parameter: Parameter, option: Option) -> str | None:
-    texts = [word.text for word in option.words]
-    if parameter.switch and (len(texts) != 1 or texts[0].lower() not in _TRUE | _FALSE):
-        return "is true or false"
-    if not texts:
-        return "has no value"
-    return "takes one value" if len(texts) > 1 and not parameter.several else None
-
-
-def _mentions(step: WrittenStep) -> Iterator[str]:
-    for word in _all_words(step):
-        if match := _MENTION.fullmatch(word.text):
-            yield match[1]
-
-
-def _all_words(step: WrittenStep) -> Iterator[Word]:
-    yield from step.arguments
-    for option in step.options.values():
-        yield from option.words
 
 
 def _draft(step: WrittenStep, verb: Verb, mentioned: bool) -> _Draft:
@@ -169,7 +126,7 @@ def _outputs_of(draft: _Draft) -> list[str]:
 def _step(draft: _Draft, drafts: Mapping[str, _Draft], faults: list[Fault]) -> Step | None:
     """Return a step with its words parsed, or None with what is wrong among ``faults``."""
     step, verb, before = draft.written, draft.verb, len(faults)
-    needs = tuple(dict.fromkeys(_mentions(step)))
+    needs = tuple(dict.fromkeys(mentions(step)))
     words = [*_option_words(draft, drafts, faults), "--"]
     words += [_resolved(word, step, drafts, faults) for word in step.arguments]
     if len(faults) > before:
@@ -204,7 +161,7 @@ def _option_words(
     for name, option in draft.written.options.items():
         parameter = options[name]
         if parameter.switch:
-            yield from [parameter.flag or ""] if option.words[0].text.lower() in _TRUE else []
+            yield from [parameter.flag or ""] if option.words[0].text.lower() in TRUE else []
             continue
         for word in option.words:
             text = word.text
@@ -236,7 +193,7 @@ def _resolved(
     word: Word, step: WrittenStep, drafts: Mapping[str, _Draft], faults: list[Fault]
 ) -> str:
     """Return a word with the name of a step replaced by what the step makes."""
-    match = _MENTION.fullmatch(word.text)
+    match = MENTION.fullmatch(word.text)
     if match is None:
         return word.text
     name, rest = match[1], match[2]

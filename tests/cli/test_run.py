@@ -74,6 +74,20 @@ def test_what_is_up_to_date_is_skipped_with_what_only_it_reads(here: Path, run: 
     assert [row["action"] for row in changed["items"]] == ["run"] * 3
 
 
+def test_what_comes_after_a_value_in_memory_follows_a_file_before_it(here: Path, run: Run) -> None:
+    text = """
+steps:
+  small: {resize: adapter, rank: 2, output: small}
+  both: {compose: [$small, second]}
+  merged: {merge: [base, $both], output: merged}
+"""
+    assert run("run", recipe(text)).code == 0
+    first = tree(here / "merged")
+    outcome = run("run", recipe(text.replace("rank: 2", "rank: 1")), "--overwrite", "--json")
+    assert [row["action"] for row in outcome.document["items"]] == ["run"] * 3
+    assert tree(here / "merged") != first
+
+
 def test_json_is_one_document_with_every_report(here: Path, run: Run) -> None:
     outcome = run("run", recipe(RECIPE), "--json")
     document = outcome.document

@@ -395,7 +395,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[LoratoolsError], str]] = {
     "energy above": ({"energy": 1.5}, OptionError, "energy 1.5"),
     "energy nan": ({"energy": float("nan")}, OptionError, "energy nan"),
     "format": ({"rank": 2, "to": "pefd"}, OptionError, "pefd"),
-    "only read": ({"rank": 2, "to": "xlabs"}, OptionError, "only read"),
+    "only read": ({"rank": 2, "to": "xlabs"}, OptionError, "read, not written"),
     "no such names": ({"rank": 2, "to": "kohya"}, UnsupportedError, "no names"),
     "pattern": ({"rank": 2, "include": ["("]}, OptionError, "regular expression"),
     "nothing chosen": ({"rank": 2, "include": ["nowhere"]}, OptionError, "no module"),

@@ -16,6 +16,8 @@ from loratools.merge import merge_into_base
 from loratools.pull import pull_from_hub
 from loratools.push import push_to_hub
 from loratools.summary import summarize
+from loratools.tensorfiles.gguf_reading import Value
+from loratools.tensorfiles.gguf_types import ValueType
 from loratools.verify import compare_adapters
 from tests.gguf_models import write_adapter, write_model
 from tests.hub_server import HubServer
@@ -385,3 +387,13 @@ def test_inspecting_a_gguf_model_reads_its_headers(bases: HubServer, tmp_path: P
     assert found.facts == summarize(first).facts
     assert len(bases.asked("GET", "/cdn/")) == 2
     assert all(one.range for one in bases.asked("GET", "/cdn/"))
+
+
+def test_a_header_longer_than_the_first_request(bases: HubServer, tmp_path: Path) -> None:
+    words = tuple(f"a long word of the vocabulary, number {number}" for number in range(40_000))
+    tokens = Value(ValueType.ARRAY, words, ValueType.STRING)
+    file = write_model(tmp_path / "model.gguf", {}, **{"tokenizer.ggml.tokens": tokens})
+    bases.add("me/plain", {"model.gguf": file.read_bytes()})
+    assert summarize("hf://me/plain").facts == summarize(file).facts
+    ranges = [one.range for one in bases.asked("GET", "/cdn/")]
+    assert ranges == ["bytes=0-1048575", f"bytes=1048576-{4 * 1048576 - 1}"]

@@ -475,3 +475,64 @@ def test_dequantize_writes_the_floats(tmp_path: Path, name: str) -> None:
         )
     assert config(tmp_path / "out") == {"model_type": "llama", "torch_dtype": "float32"}
     assert report.facts["dtype"] == "F32"
+
+
+# ── what rounding left out, beside the model ──
+
+
+def test_the_residual_and_the_stored_weights_are_the_sum(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "nf4")
+    change = write_adapter(tmp_path / "adapter", base, size=1e-3)
+    out = tmp_path / "out"
+    report = merge_into_base(base.path, tmp_path / "adapter", out, quant="keep", residual_rank=6)
+    weight = base.stored(out, TOUCHED)
+    factors = load_file(tmp_path / "out-residual" / "adapter_model.safetensors")
+    down, up = (factors[f"base_model.model.{TOUCHED}.lora_{x}.weight"].double() for x in ("A", "B"))
+    both = weight.decode(0, weight.rows).double() + up @ down
+    torch.testing.assert_close(both, base.dense(TOUCHED) + change, rtol=1e-4, atol=1e-5)
+    assert any("out-residual" in note.message for note in report.notes)
+
+
+def test_a_residual_needs_rounding(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "nf4")
+    write_adapter(tmp_path / "adapter", base)
+    with pytest.raises(OptionError, match="nothing is left out"):
+        merge_into_base(base.path, tmp_path / "adapter", tmp_path / "out", residual_rank=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scaled_float8_of_comfyui_is_one_file(tmp_path: Path) -> None:
+    weight = 0.02 * torch.randn(64, 32)
+    scale = weight.abs().max() / 448
+    name = "model.diffusion_model.double_blocks.0.img_attn.proj"
+    stored = {
+        f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn),
+        f"{name}.scale_weight": scale.reshape(()),
+        "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+        f"{name}.bias": torch.zeros(64, dtype=torch.bfloat16),
+    }
+    save_file(stored, tmp_path / "base.safetensors")
+    down, up = torch.randn(2, 32), 0.01 * torch.randn(64, 2)
+    path = f"base_model.model.{name}"
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    words = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(words))
+    dense = stored[f"{name}.weight"].double() * float(scale)
+    out = tmp_path / "out.safetensors"
+    merge_into_base(tmp_path / "base.safetensors", tmp_path / "adapter", out)
+    found = load_file(out)
+    assert found.keys() == {f"{name}.weight", f"{name}.bias"}
+    wanted = dense + (up @ down).double()
+    torch.testing.assert_close(found[f"{name}.weight"].double(), wanted, rtol=2**-8, atol=1e-6)
+    merge_into_base(
+        tmp_path / "base.safetensors", tmp_path / "adapter", out, quant="keep", overwrite=True
+    )
+    kept = load_file(out)
+    assert kept.keys() == stored.keys()
+    again = kept[f"{name}.weight"].double() * float(scale)
+    clipped = wanted.clamp(-448 * float(scale), 448 * float(scale))
+    assert float((again - clipped).norm() / wanted.norm()) < 0.03

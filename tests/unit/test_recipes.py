@@ -225,8 +225,8 @@ def test_a_plan_writes_nothing(shop: Shop) -> None:
         ("steps:\n  x:\n    look: {a: b}", OptionError, "line 3: look: a value is a text", None),
         ("steps:\n  x: {look: [a, b]}", OptionError, "look takes 1 inputs, not 2", None),
         (
-            "steps:\n  x:\n    join: a\n    output: x\n    numbr: 1",
-            OptionError, "line 5: step x: join has no option 'numbr'", "did you mean number?",
+            "steps:\n  x:\n    join: a\n    output: x\n    namber: 1",
+            OptionError, "line 5: step x: join has no option 'namber'", "did you mean number?",
         ),
         (
             "steps:\n  x:\n    join: a\n    output: x\n    number: one",
