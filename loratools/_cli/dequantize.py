@@ -47,8 +47,8 @@ def command(base: str, out: Output, **options: Any) -> None:
     """Write the quantised model BASE in plain numbers.
 
     A checkpoint of bitsandbytes, GPTQ, AWQ, FP8, MLX ... becomes a folder or file like it. For a
-    GGUF model OUT is a .gguf file, a .safetensors file with the tensors in Hugging Face's names and layout,
-    or with --base-config a whole folder. What quantising lost stays lost.
+    GGUF model OUT is a .gguf file, a .safetensors file with the tensors in Hugging Face's names
+    and layout, or with --base-config a whole folder. What quantising lost stays lost.
     """
     import_torch()
     from loratools.quantize import dequantize_base

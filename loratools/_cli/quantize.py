@@ -46,7 +46,7 @@ from loratools._cli.startup import import_torch
 @DRY_RUN
 @output_options
 def command(base: str, out: Output, **options: Any) -> None:
-    """Write the GGUF model BASE in other types, as llama-quantize would, or a folder in 4 or 8 bits.
+    """Write the GGUF model BASE in other types, as llama-quantize would, or a folder in few bits.
 
     The mixes (q4_k_m ...) give tensors that matter more a larger type; norms and other vectors stay
     as they are, and so does what already is in its type. Types that are chosen by an importance

@@ -57,7 +57,7 @@ def merge_report(operation: str, job: MergeJob, results: Results, output: str | 
         for name, placements in plan.placements.items():
             items += [_item(component, works[name], p, found.get(name)) for p in placements]
         notes += [*plan.notes, *_replacement_notes(plan, found), *_unchanged_notes(plan, found)]
-        notes += retention_notes(found)
+        notes += [*retention_notes(found), *_unshaped_notes(plan, found)]
     return Report(
         operation,
         (str(job.root), *(one.path for one in job.loaded)),
@@ -150,6 +150,20 @@ def _replacement_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> 
             kept = name in results and not results[name].changed
             word = "the adapter's copy equals the base's" if kept else "replaced by the adapter's"
             yield Note(word, subject=name)
+
+
+def _unshaped_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> Iterator[Note]:
+    """Yield a note on tensors that adapter-aware rounding was asked for and had no directions."""
+    works = plan.checkpoint.works
+    wanted = [n for n in results if (r := works[n].rounding) and r.strength is not None]
+    plain = [name for name in wanted if results[name].subspace_error is None]
+    if plain:
+        names = ", ".join(plain[:4]) + (f" and {len(plain) - 4} more" if plain[4:] else "")
+        yield Note(
+            f"{len(plain)} tensors are rounded to nearest, since their changes are no low-rank "
+            f"product of inputs: {names}",
+            "warning",
+        )
 
 
 def _unchanged_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> list[Note]:

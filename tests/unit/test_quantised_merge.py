@@ -536,3 +536,21 @@ def test_scaled_float8_of_comfyui_is_one_file(tmp_path: Path) -> None:
     again = kept[f"{name}.weight"].double() * float(scale)
     clipped = wanted.clamp(-448 * float(scale), 448 * float(scale))
     assert float((again - clipped).norm() / wanted.norm()) < 0.03
+
+
+def test_changes_without_input_directions_are_rounded_to_nearest(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "mlx")
+    write_adapter(tmp_path / "adapter", base)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    rows = base.cases[TOUCHED].weight.rows
+    tensors[f"base_model.model.{TOUCHED}.lora_magnitude_vector"] = torch.rand(rows)
+    save_file(tensors, file)
+    words = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    text = json.dumps({**words, "use_dora": True})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    report = merge_into_base(
+        base.path, tmp_path / "adapter", tmp_path / "out", rounding="adapter-aware"
+    )
+    assert any("rounded to nearest" in note.message for note in report.notes)
+    assert report.items[0]["subspace_error"] is None
