@@ -114,7 +114,7 @@ def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the comm
 def _language_base(
     adapters: Sequence[Adapter], target: Format, base: PathLike | None
 ) -> GGUFBase | None:
-    """Return what the base tells of names in GGUF, if they matter; raises InputError for no model."""
+    """Return what the base tells of names in GGUF, if they matter; InputError for no model."""
     if base is None:
         return None
     if not concerns_gguf(target.naming, *(a.naming for a in adapters)):

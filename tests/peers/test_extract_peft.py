@@ -84,7 +84,8 @@ def test_merging_the_adapter_gives_the_tuned_weights(name: str, tmp_path: Path) 
     base = BASES[name](tmp_path / "base")
     tuned = tuned_copy(base, tmp_path / "tuned", everything)
     # In models this small a table of positions is as long as the vocabulary, and might be its head.
-    extract_adapter(base.folder, tuned, tmp_path / "adapter", energy=1.0, exclude=POSITIONS)
+    found = [word for word in POSITIONS if any(word in name for name in base.tensors)]
+    extract_adapter(base.folder, tuned, tmp_path / "adapter", energy=1.0, exclude=found)
     merge_into_base(base.folder, tmp_path / "adapter", tmp_path / "merged")
     wanted: Tensors = builders.load_tensors(tuned)
     merged = builders.load_tensors(tmp_path / "merged")
