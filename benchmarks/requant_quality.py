@@ -188,7 +188,7 @@ Way = Callable[[Layer, str], Tensor]
 
 def ways() -> dict[str, Way]:
     """Return every way of merging that is compared."""
-    from loratools.codecs.rounding import nearest_codes, shaped_codes
+    from loratools.codecs.rounding import nearest_codes, shaped_codes, weight_of
 
     def on_grid(layer: Layer, codes: Tensor) -> Tensor:
         return layer.quantised.grid.values(codes)
@@ -209,8 +209,12 @@ def ways() -> dict[str, Way]:
     def shaped(strength: float, *, original: bool) -> Way:
         def merge(layer: Layer, scheme: str) -> Tensor:
             start = layer.original if original else layer.quantised.values
-            weight = strength * start.shape[1] / layer.basis.shape[1]
-            codes = shaped_codes(start + layer.change, layer.quantised.grid, layer.basis, weight)
+            codes = shaped_codes(
+                start + layer.change,
+                layer.quantised.grid,
+                layer.basis,
+                weight_of(strength, layer.basis),
+            )
             return on_grid(layer, codes)
 
         return merge

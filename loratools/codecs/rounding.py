@@ -18,9 +18,20 @@ from torch import Tensor
 from loratools.codecs.grid import Grid, GroupGrid, Search
 
 SWEEPS = 2
-STRENGTH = 1000.0
-"""λ unless the user says otherwise: at a hundredth of the weight more than 0.97 of a change stays
-(tests/unit/test_quantised_merge.py); more costs accuracy elsewhere."""
+STRENGTH = 10.0
+"""The whole protected error against the whole error, λ·r/columns, unless the user says otherwise.
+Less loses small changes, more gains nothing (benchmarks/requant_quality.py)."""
+
+
+def weight_of(strength: float, basis: Tensor) -> float:
+    """Return λ for a strength that does not depend on how many directions there are of how many.
+
+    Args:
+        strength: λ·r/columns.
+        basis: (columns, r).
+    """
+    columns, directions = basis.shape
+    return strength * columns / max(directions, 1)
 
 
 def nearest_codes(target: Tensor, grid: Grid) -> Tensor:

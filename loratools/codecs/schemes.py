@@ -86,10 +86,6 @@ _METHODS = frozenset(
 )  # fmt: skip
 
 
-_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
-"""Dtypes that no scheme stores codes in."""
-
-
 def _refuse_unknown(
     tensors: Mapping[str, Spec], config: Mapping[str, Any], found: Collection[Packing]
 ) -> None:
@@ -98,12 +94,6 @@ def _refuse_unknown(
         raise UnsupportedError(
             f"the base is quantised by {method!r}, a scheme that loratools does not know",
             hint="merge into the 16-bit original of this base",
-        )
-    plain = all(spec.dtype in _PLAIN for spec in tensors.values())
-    if method and plain:
-        raise UnsupportedError(
-            f"the base is quantised ({method}) by its config.json, and no tensor is stored so",
-            hint="take quantization_config out of config.json if the weights are plain floats",
         )
     taken = {name for packing in found for name in packing.names.values()}
     for name, spec in tensors.items():

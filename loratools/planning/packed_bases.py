@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.basemodel import BaseModel, BaseTensor
-from loratools.basetensors import as_stored, quantisation_fields
+from loratools.basetensors import as_stored, quantisation_fields, quantisation_words
 from loratools.codecs.rounding import STRENGTH
 from loratools.deltas import ExpertLoRA, LoRA
 from loratools.errors import OptionError, UnsupportedError
@@ -45,8 +45,10 @@ def resolve_quant(base: BaseModel, quant: str | None, *, shaped: bool) -> str:
 
     Raises:
         OptionError: an unknown word.
-        UnsupportedError: a ggml type for a base that is not GGUF.
+        UnsupportedError: a ggml type for a base that is not GGUF; a base that is quantised by its
+            config alone.
     """
+    _refuse_contradiction(base)
     if quant is None:
         return DEQUANTIZE if base.packed and not shaped else KEEP
     word = check_quant(quant)
@@ -56,6 +58,17 @@ def resolve_quant(base: BaseModel, quant: str | None, *, shaped: bool) -> str:
             hint="use --quant keep or --quant dequantize, and `loratools quantize` after that",
         )
     return word
+
+
+def _refuse_contradiction(base: BaseModel) -> None:
+    """Raise UnsupportedError where the config says quantised and every tensor is a plain float."""
+    method = quantisation_words(base.config).get("quant_method")
+    if method and not base.packed:
+        raise UnsupportedError(
+            f"{base.path}: the base is quantised ({method}) by its config.json, and no tensor is "
+            "stored so",
+            hint="take quantization_config out of config.json if the weights are plain floats",
+        )
 
 
 def shaping_strength(rounding: str, strength: float | None) -> float | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratools.codecs.grid import Grid
-from loratools.codecs.rounding import nearest_codes, shaped_codes
+from loratools.codecs.rounding import nearest_codes, shaped_codes, weight_of
 
 MakeBases = Callable[[str], Sequence[Tensor]]
 
@@ -22,7 +22,8 @@ class Rounding:
     Attributes:
         bases: makes, on a device, orthonormal columns (columns, r) that span the inputs which the
             adapters act on, one tensor for each matrix of a stack; none if they are unknown.
-        strength: weight of the error along them against the whole, or None to round to nearest.
+        strength: weight of the error along them against the whole (see ``weight_of``), or None
+            to round to nearest.
     """
 
     bases: MakeBases
@@ -54,7 +55,12 @@ class Subspaces:
         if strength is None:
             return nearest_codes(target, grid)
         found = [
-            shaped_codes(target[rows], grid.rows(rows.start, rows.stop), basis, strength)
+            shaped_codes(
+                target[rows],
+                grid.rows(rows.start, rows.stop),
+                basis,
+                weight_of(strength, basis),
+            )
             for rows, basis in self.parts(start, len(target))
         ]
         return torch.cat(found) if len(found) != 1 else found[0]
