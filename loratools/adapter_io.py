@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loratools.adapter import Adapter
-from loratools.errors import CorruptFileError, InputError, MissingFileError
+from loratools.errors import CorruptFileError, InputError, MissingFileError, UnsupportedError
 from loratools.formats import detect_format, get_format
 from loratools.formats.activated import refuse_activated
 from loratools.formats.format import Bundle, Format, Listing
@@ -52,6 +52,7 @@ def open_adapter(
     ``activated``: take an adapter that acts only after certain tokens too (aLoRA).
     """
     bundle = held_bundle(path) or load_bundle(find_weights(Path(path)), source=str(path))
+    _refuse_complex(bundle, str(path))
     listing = Listing(
         {name: tuple(tensor.shape) for name, tensor in bundle.tensors.items()},
         bundle.metadata,
@@ -62,6 +63,16 @@ def open_adapter(
     if not activated:
         refuse_activated(adapter.metadata, str(path))
     return found, adapter
+
+
+def _refuse_complex(bundle: Bundle, source: str) -> None:
+    """Raise UnsupportedError for complex numbers, half of which float32 would drop."""
+    for name, tensor in bundle.tensors.items():
+        if tensor.is_complex():
+            raise UnsupportedError(
+                f"{source}: {name} holds complex numbers, which no adapter's change is made of",
+                hint="is this an adapter's weights file? Save it with real factors",
+            )
 
 
 def save_adapter(

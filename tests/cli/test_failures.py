@@ -74,6 +74,12 @@ def misshaped_key(_: Path, damage: Damage) -> Case:
 
 
 @case
+def complex_factor(_: Path, damage: Damage) -> Case:
+    damage(lambda tensors: tensors.update({FACTOR: tensors[FACTOR].to(torch.complex64)}))
+    return MERGE, f"{FACTOR} holds complex numbers"
+
+
+@case
 def ranks_that_differ(_: Path, damage: Damage) -> Case:
     damage(lambda tensors: tensors.update({FACTOR: torch.ones(3, 64)}))
     return MERGE, f"{FACTOR} is (3, 64)"
