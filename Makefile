@@ -78,6 +78,7 @@ bench: venv ## time the commands against their peers (40 GB of disk; BENCH_ARGS=
 	@$(BIN)/python benchmarks/compose.py
 	@$(BIN)/python benchmarks/resize.py
 	@$(BIN)/python benchmarks/codecs.py
+	@$(BIN)/python benchmarks/bnb4.py
 	@$(BIN)/python benchmarks/gguf_merge.py
 
 format: venv ## rewrite the code in the house style
