@@ -13,7 +13,7 @@ HASH := $(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(b''.join(open
 STAMP := $(VENV)/.made-from-$(HASH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test llama peers lint types docs bench format clean
+.PHONY: help venv demo test llama peers lint types docs pages bench format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -68,8 +68,11 @@ lint: venv ## check style, formatting, the layers of imports, spelling
 types: venv ## check the types of the library
 	@$(BIN)/mypy
 
-docs: venv ## check the documentation: links, examples, nothing left out
+docs: venv ## check the documentation: links, examples, nothing left out or stale
 	@$(BIN)/python -m pytest tests/docs $(PYTEST_ARGS)
+
+pages: venv ## write what the documentation takes from the code: options, formats, the Python reference
+	@$(BIN)/python -m tests.docs.generate
 
 bench: venv ## time the commands against their peers (40 GB of disk; BENCH_ARGS=--skip-8b: 10 GB; MERGEKIT=PYTHON)
 	@$(BIN)/python benchmarks/merge.py $(BENCH_ARGS)

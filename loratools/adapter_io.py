@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,18 +22,26 @@ from loratools.tensorfiles.atomic import staged_output
 from loratools.tensorfiles.file_names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    INDEX_SUFFIX,
     MODEL_MARKS,
     MODEL_WEIGHTS,
     TORCH_SUFFIXES,
 )
+from loratools.tensorfiles.missing import no_such_path, other_contents
 from loratools.tensorfiles.safetensors import load_tensors, save_tensors
 from loratools.tensorfiles.torch_zip import load_torch
+
+_SHOWN = 8
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Read the adapter at ``path``: a file, or a folder that holds exactly one.
 
-    Tensors are memory-mapped; nothing is computed.
+    Tensors are memory-mapped; nothing is computed. Alpha is explicit in every layer, ``down`` is
+    (rank, in[, k, k]), ``up`` is (out, rank[, 1, 1]), and dtypes are those of the file.
+
+    Args:
+        path: a file or folder in any format, or an ``hf://`` reference.
 
     Raises:
         MissingFileError: nothing there, or no weights in the folder.
@@ -85,9 +93,15 @@ def save_adapter(
 ) -> None:
     """Write ``adapter`` to ``path`` in ``format``, atomically.
 
-    ``path`` is the file itself if the format is a single file, or if it ends in ``.safetensors``
-    and the format needs no side files; else it is a folder. Hashes in the metadata are those of
-    the bytes that are written. ``storage`` is for GGUF alone: see ``gguf_file.save_bundle``.
+    Hashes in the metadata are those of the bytes that are written.
+
+    Args:
+        adapter: its module paths in the format's own names; ``convert_adapter`` translates them.
+        path: the file itself if the format is a single file, or if it ends in ``.safetensors``
+            and the format needs no side files; else a folder.
+        format: the format's name.
+        overwrite: replace an existing output.
+        storage: ``q8_0`` for a GGUF file of 8 bits, where rows are whole blocks of 32.
 
     Raises:
         OptionError: unknown format or storage.
@@ -126,9 +140,7 @@ def find_weights(path: Path) -> Path:
     if is_held(path) or path.is_file():
         return path
     if not path.is_dir():
-        raise MissingFileError(
-            f"no such file or folder: {path}", hint="check the path; relative paths start here"
-        )
+        raise no_such_path(path)
     direct = [path / name for name in ADAPTER_WEIGHTS if (path / name).is_file()]
     if direct:
         return direct[0]
@@ -136,10 +148,7 @@ def find_weights(path: Path) -> Path:
     if len(nested) == 1:
         return nested[0]
     if nested:
-        names = ", ".join(str(found.parent.relative_to(path)) for found in nested)
-        raise InputError(
-            f"{path}: holds several adapters ({names})", hint="name the sub-folder of one"
-        )
+        raise _several(path, [found.parent for found in nested])
     return _only_file(path)
 
 
@@ -154,22 +163,41 @@ def _nested_weights(path: Path) -> list[Path]:
 
 
 def _only_file(path: Path) -> Path:
-    """Return the one weights file of a folder that is no model's; raises MissingFileError."""
-    files = [child for child in path.iterdir() if child.suffix in (".safetensors", ".gguf")]
-    marked = any((path / mark).is_file() for mark in (*MODEL_MARKS, ADAPTER_CONFIG))
-    if len(files) != 1 or marked or files[0].name in MODEL_WEIGHTS:
+    """Return the one weights file of a folder that is no model's.
+
+    Raises MissingFileError if there is none, InputError if there are several.
+    """
+    files = sorted(child for child in path.iterdir() if child.suffix in (".safetensors", ".gguf"))
+    marked = [mark for mark in (*MODEL_MARKS, ADAPTER_CONFIG) if (path / mark).is_file()]
+    if marked or any(_is_models(child.name) for child in path.iterdir()) or not files:
         raise _no_weights(path)
+    if len(files) > 1:
+        raise _several(path, files)
     return files[0]
 
 
+def _is_models(name: str) -> bool:
+    return name in MODEL_WEIGHTS or name.endswith(INDEX_SUFFIX)
+
+
+def _several(path: Path, found: Sequence[Path]) -> InputError:
+    names = ", ".join(one.name for one in found[:_SHOWN])
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return InputError(
+        f"{path}: holds several adapters ({names}{more})",
+        hint=f"name the one that is meant, such as {found[0]}",
+    )
+
+
 def _no_weights(path: Path) -> MissingFileError:
-    single = sorted(child.name for child in path.glob("*.safetensors"))
-    if (path / ADAPTER_CONFIG).is_file():
+    names = {child.name for child in path.iterdir()}
+    if ADAPTER_CONFIG in names:
         hint = "adapter_config.json is here but the weights are not; finish the download"
-    elif (path / "config.json").is_file() or single:
+    elif not names.isdisjoint(MODEL_MARKS) or any(map(_is_models, names)):
         hint = "this looks like a base model; name the adapter's folder or file instead"
     else:
-        hint = f"an adapter folder holds {ADAPTER_WEIGHTS[0]} or {ADAPTER_WEIGHTS[2]}"
+        held = f"an adapter folder holds {ADAPTER_WEIGHTS[0]} or {ADAPTER_WEIGHTS[2]}"
+        hint = other_contents(path) or held
     return MissingFileError(f"{path}: no adapter weights in this folder", hint=hint)
 
 

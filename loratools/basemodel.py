@@ -13,6 +13,7 @@ from typing import Any
 
 from loratools.basetensors import BaseTensor, elements, find_weights
 from loratools.errors import CorruptFileError, InputError, MissingFileError, UnsupportedError
+from loratools.formats.likeness import looks_like_adapter
 from loratools.tensorfiles.file_names import (
     ADAPTER_CONFIG,
     INDEX_SUFFIX,
@@ -27,6 +28,9 @@ from loratools.tensorfiles.file_names import (
 from loratools.tensorfiles.gguf import GGUFHeader, GGUFTensor
 from loratools.tensorfiles.gguf_split import open_gguf
 from loratools.tensorfiles.header import Header, read_header
+from loratools.tensorfiles.impostors import FIRST_BYTES, recognise
+from loratools.tensorfiles.inputs import open_input
+from loratools.tensorfiles.missing import no_such_path, other_contents
 from loratools.tensorfiles.sharded import check_index, read_index
 
 __all__ = [
@@ -146,8 +150,10 @@ class BaseModel:
         return text.get(name) if isinstance(text, Mapping) else None
 
 
-def open_base(path: str | os.PathLike[str]) -> BaseModel:
+def open_base(path: str | os.PathLike[str], *, instead: str = "") -> BaseModel:
     """Open a Hugging Face or diffusers component folder, one weights file, or a split GGUF file.
+
+    ``instead``: the hint for whoever gives an adapter.
 
     Raises:
         MissingFileError: nothing there, or a folder without weights.
@@ -157,22 +163,28 @@ def open_base(path: str | os.PathLike[str]) -> BaseModel:
             scheme of quantisation.
     """
     where = Path(path)
-    if where.is_file() and where.suffix == ".gguf":
+    opened = _open_folder(where, instead) if where.is_dir() else _open_file(where)
+    if _is_adapter(opened):
+        raise _adapter_given(where, instead)
+    return opened if opened.is_gguf else _with_packed(opened)
+
+
+def _open_file(where: Path) -> BaseModel:
+    if not where.is_file():
+        raise no_such_path(where)
+    if where.suffix == ".gguf":
         return BaseModel(where, tuple(_gguf_shard(part) for part in open_gguf(where).parts))
-    if where.is_file():
-        return _with_packed(BaseModel(where, (_open_shard(where),)))
-    if not where.is_dir():
-        raise MissingFileError(
-            f"no such file or folder: {where}", hint="check the path; relative paths start here"
-        )
-    _refuse_other_folders(where)
+    return BaseModel(where, (_open_shard(where),))
+
+
+def _open_folder(where: Path, instead: str) -> BaseModel:
+    _refuse_other_folders(where, instead)
     names, index = _weight_files(where)
     shards = tuple(_open_shard(where / name) for name in names)
     metadata = _check_index(where / index, shards) if index else None
     used = {where / name for name in names}
     side, left = _side_files(where, used, index)
-    opened = BaseModel(where, shards, index, metadata, _read_config(where), side, left)
-    return _with_packed(opened)
+    return BaseModel(where, shards, index, metadata, _read_config(where), side, left)
 
 
 def open_side_files(path: Path) -> BaseModel:
@@ -192,7 +204,8 @@ def open_side_files(path: Path) -> BaseModel:
 
 def _with_packed(base: BaseModel) -> BaseModel:
     stored = [tensor for shard in base.shards for tensor in shard.tensors]
-    return replace(base, packed=find_weights(stored, base.config))
+    metadata = {key: value for shard in base.shards for key, value in shard.metadata.items()}
+    return replace(base, packed=find_weights(stored, base.config, metadata))
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,16 +272,28 @@ def _leads_back(link: Path) -> bool:
     return any(parent.resolve().is_relative_to(target) for parent in link.parents)
 
 
-def _refuse_other_folders(where: Path) -> None:
+def _is_adapter(opened: BaseModel) -> bool:
+    header = opened.shards[0].header
+    if isinstance(header, GGUFHeader):
+        return header.word("general.type") == "adapter"
+    return looks_like_adapter([tensor.name for shard in opened.shards for tensor in shard.tensors])
+
+
+def _adapter_given(where: Path, instead: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where}: an adapter, not a base model",
+        hint=instead or "name a base model's folder or file here",
+    )
+
+
+def _refuse_other_folders(where: Path, instead: str) -> None:
     if is_pipeline(where):
         raise UnsupportedError(
             f"{where}: a diffusers pipeline, not one model",
             hint="name one of its components, such as its unet or transformer folder",
         )
     if (where / ADAPTER_CONFIG).is_file() and not (where / "config.json").is_file():
-        raise InputError(
-            f"{where}: an adapter, not a base model", hint="the base comes first, then the adapters"
-        )
+        raise _adapter_given(where, instead)
 
 
 def _weight_files(where: Path) -> tuple[list[str], str | None]:
@@ -284,10 +309,23 @@ def _weight_files(where: Path) -> tuple[list[str], str | None]:
     others = sorted(name for name in present if name.endswith(".safetensors"))
     if len(others) == 1:
         return others, None
-    hint = f"a model folder holds one of: {', '.join(MODEL_WEIGHTS)} (or their index)"
     if others:
         hint = f"several weights files ({', '.join(others[:4])}): name the file itself"
+    else:
+        held = f"a model folder holds one of: {', '.join(MODEL_WEIGHTS)} (or their index)"
+        hint = other_contents(where) or _inner_folders(where) or held
     raise MissingFileError(f"{where}: no model weights in this folder", hint=hint)
+
+
+def _inner_folders(where: Path) -> str | None:
+    """Return a hint where the models, or adapters, are one storey down."""
+    folders = sorted(child for child in where.iterdir() if child.is_dir())
+    models = [one for one in folders if (one / "config.json").is_file()]
+    if models:
+        return f"name the folder of the model that is meant, such as {models[0]}"
+    if any((one / ADAPTER_CONFIG).is_file() for one in folders):
+        return "its folders are adapters; name a base model's folder or file here"
+    return None
 
 
 def _check_index(index: Path, shards: tuple[Shard, ...]) -> Mapping[str, Any]:
@@ -306,9 +344,18 @@ def _open_shard(path: Path) -> Shard:
             for spec in header.tensors.values()
         )
         return Shard(path, tensors, header.metadata, header)
-    raise UnsupportedError(
-        f"{path}: not a weights file that loratools can merge into",
-        hint="give a Hugging Face folder, a .safetensors, .gguf or .bin/.pt file",
+    raise _other_suffix(path)
+
+
+def _other_suffix(path: Path) -> UnsupportedError:
+    with open_input(path) as file:
+        known = recognise(file.read(FIRST_BYTES))
+    what = f"; it is {known.what}" if known else ""
+    return UnsupportedError(
+        f"{path}: its name is not that of a model's weights{what}",
+        hint=known.hint
+        if known
+        else "give a Hugging Face folder, a .safetensors, .gguf or .bin/.pt file",
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import CorruptFileError, UnsupportedError
+from loratools.keymaps.linear_layers import LinearLayers
 from loratools.tensorfiles.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -119,8 +120,12 @@ def read_stored(tensor: BaseTensor) -> Tensor:
 _CONFIGS = ("quantization_config", "compression_config", "quantization")
 # What some schemes keep beside a weight for the activations, or as a mark.
 _COMPANIONS = (
-    ".input_scale", ".scale_input", ".input_global_scale", ".activation_scale", ".comfy_quant",
+    ".input_scale", ".scale_input", ".input_global_scale", ".input_zero_point", ".output_scale",
+    ".output_zero_point", ".activation_scale", ".comfy_quant",
 )  # fmt: skip
+_TURNING = ("bitsandbytes 4-bit", "bitsandbytes int8")
+"""Schemes that store transposed layers as (out, in)."""
+
 _WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
 
 
@@ -154,10 +159,23 @@ def float_word(config: Mapping[str, Any] | None) -> str | None:
     return None
 
 
+def _model_types(config: Mapping[str, Any] | None) -> set[str]:
+    config = config or {}
+    sections = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return {str(part["model_type"]) for part in sections if part.get("model_type")}
+
+
 def find_weights(
-    stored: Sequence[BaseTensor], config: Mapping[str, Any] | None
+    stored: Sequence[BaseTensor],
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[BaseTensor, ...]:
     """Return the packed weights among a checkpoint's stored tensors.
+
+    Args:
+        stored: of all files.
+        config: ``config.json``.
+        metadata: words of the files' headers.
 
     Raises:
         CorruptFileError: a part is missing, or shapes disagree.
@@ -167,22 +185,30 @@ def find_weights(
 
     by_name = {tensor.name: tensor for tensor in stored}
     words = quantisation_words(config)
-    packings = find_packed(by_name, words, lambda name: read_stored(by_name[name]))
+    packings = find_packed(by_name, words, lambda name: read_stored(by_name[name]), metadata)
     named = float_word(config)
-    found = tuple(_weight(packing, by_name, named) for packing in packings)
+    layers = LinearLayers(_model_types(config), by_name)
+    found = tuple(_weight(packing, by_name, named, layers) for packing in packings)
     _refuse_strange(stored, found, words)
     return found
 
 
-def _weight(packing: Packing, stored: Mapping[str, BaseTensor], named: str | None) -> BaseTensor:
+def _weight(
+    packing: Packing,
+    stored: Mapping[str, BaseTensor],
+    named: str | None,
+    layers: LinearLayers,
+) -> BaseTensor:
     parts = {part: stored[name] for part, name in packing.names.items()}
     module = packing.weight.removesuffix(".weight")
     beside = tuple(stored[module + end] for end in _COMPANIONS if module + end in stored)
     shape = tuple(packing.shape)
-    # gpt-oss: transformers' parameter is the stored matrix turned over.
+    # gpt-oss: transformers' parameter is the stored matrix turned over. bitsandbytes turns Conv1D.
     turned = packing.scheme == "mxfp4" and len(shape) == 3
+    if packing.scheme in _TURNING:
+        turned = layers.is_turned(packing.weight)
     if turned:
-        shape = (shape[0], shape[2], shape[1])
+        shape = (*shape[:-2], shape[-1], shape[-2])
     own = StoredParts(packing.scheme, parts, packing.build, beside, turned)
     dtype = named or packing.dtype or "BF16"
     return BaseTensor(packing.weight, dtype, shape, next(iter(parts.values())).file, packed=own)

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +18,9 @@ import click
 
 from loratools import __version__
 from loratools._cli.output import Output, wants_json
+from loratools._cli.usage import NoSuchCommand
 from loratools.errors import LoratoolsError, OptionError
+from loratools.tensorfiles.inputs import system_hint
 
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("merge", "Fold adapters into a base model."),
@@ -62,15 +63,17 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take ``help`` before a command's name for ``--help`` behind it."""
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command, or suggest the nearest name."""
+        """Find the command."""
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in dict(COMMANDS):
-            close = get_close_matches(name, dict(COMMANDS), n=2, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+            raise NoSuchCommand(name, list(dict(COMMANDS)), ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -120,7 +123,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = cli.main(args=list(arguments), prog_name="loratools", standalone_mode=False)
     except click.UsageError as error:
-        return output.usage_error(error)
+        return output.usage_error(error, arguments, dict(COMMANDS))
     except (KeyboardInterrupt, click.Abort) as stopped:
         output.interrupted()
         # click raises an Abort from what stopped it.
@@ -141,7 +144,8 @@ def system_error(error: OSError) -> LoratoolsError:
     """Return what the operating system refused as an error that names the file, if it does."""
     where = f"{error.filename}: " if error.filename else ""
     return LoratoolsError(
-        f"{where}{error.strerror or error}", hint="LORATOOLS_DEBUG=1 shows where it happened"
+        f"{where}{error.strerror or error}",
+        hint=system_hint(error) or "LORATOOLS_DEBUG=1 shows where it happened",
     )
 
 

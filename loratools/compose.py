@@ -62,7 +62,7 @@ def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the comm
     Args:
         adapters: paths, or (path, weight) pairs, in any formats.
         output: a file, or a folder where the format is one.
-        method: a name in METHODS.
+        method: a name that ``loratools methods`` lists; ``linear`` is the sum.
         rank: the largest rank of a layer; the exact result is approximated best. Without it the
             result is exact, for the methods that have an exact one of low rank.
         density: share of elements that pruning methods keep, in (0, 1]; each has a default.

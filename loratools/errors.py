@@ -22,7 +22,12 @@ from __future__ import annotations
 
 
 class LoratoolsError(Exception):
-    """Base class: a failure with a stated reason and, where there is one, a next step."""
+    """Base class: a failure with a stated reason and, where there is one, a next step.
+
+    Attributes:
+        message: what failed, and where; names the file, tensor or option.
+        hint: the next step, or ``None``.
+    """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)

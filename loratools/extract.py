@@ -31,14 +31,17 @@ from loratools.extraction.changes import (
 )
 from loratools.extraction.factoring import Found, Wish, find_change
 from loratools.extraction.model_pair import ModelPair, Opened, pair_models
-from loratools.formats import get_written_format
+from loratools.formats import get_row, get_written_format
 from loratools.formats.format import Format
+from loratools.held import is_held
 from loratools.hub.taking import takes_references
 from loratools.report import Json, Note, Report
 from loratools.streaming.differences import Job, in_threads
 from loratools.streaming.rewriting import Progress
 from loratools.suggest import nearest
+from loratools.tensorfiles.atomic import require_space
 from loratools.tensorfiles.destination import check_destination
+from loratools.tensorfiles.dtypes import DTYPES
 
 PathLike = str | os.PathLike[str]
 
@@ -98,7 +101,7 @@ def extract_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
     Raises:
         OptionError: neither rank nor energy, one out of range, an unknown format or pattern.
         MatchError: models with other tensors, or without any difference.
-        UnsupportedError: quantised weights.
+        UnsupportedError: quantised weights, a format without names for these models.
         NonFiniteError: NaN or infinity in a difference, naming the tensor.
         OutputError: the destination is refused.
     """
@@ -126,11 +129,20 @@ def extract_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
     found = without_lone_biases(found, changes, family, target)
     whole = assemble(found, changes, pair, family, target)
     adapter = cast_adapter(whole, dtype)
+    size = sum(tensor.nbytes for tensor in target.write(adapter).tensors.values())
+    if not is_held(output):
+        require_space(Path(output).parent, size)
     if not dry_run:
         save_adapter(adapter, output, format=target.name, overwrite=overwrite)
     written = None if dry_run else str(output)
-    counts = {"tensors": len(changes), "unchanged": len(chosen) - len(found)}
-    facts = {**_facts(adapter, target, found), **counts, "excluded": len(changes) - len(chosen)}
+    facts = {
+        **_facts(adapter, target, found),
+        "tensors": len(changes),
+        "unchanged": len(chosen) - len(found),
+        "excluded": len(changes) - len(chosen),
+        "bytes_read": sum(_stored(change) for change in chosen),
+        "bytes_written": size,
+    }
     notes = [*_notes(adapter, pair, found), *rounding_notes(whole, dtype)]
     items = tuple(_item(one) for one in found)
     return Report("extract", (str(base), str(tuned)), written, facts, items, tuple(notes), dry_run)
@@ -145,7 +157,9 @@ def _check_wish(wish: Wish) -> None:
         raise OptionError("how much to keep is not said", hint="give --rank N or --energy F")
     for name, value in (("rank", wish.rank), ("conv-rank", wish.conv_rank)):
         if value is not None and value < 1:
-            raise OptionError(f"--{name} {value}: the smallest rank is 1")
+            raise OptionError(
+                f"--{name} {value}: the smallest rank is 1", hint="give a number of at least 1"
+            )
     if wish.energy is not None and not 0 < wish.energy <= 1:
         raise OptionError(
             f"--energy {wish.energy:g} is no share of the change",
@@ -154,10 +168,19 @@ def _check_wish(wish: Wish) -> None:
 
 
 def _check_target(family: Family, target: Format) -> None:
-    if family.names == "transformers" and target.naming != "transformers":
+    row = get_row(target.name)
+    models = "language" if family.names == "transformers" else "image"
+    if models not in row.models:
         raise UnsupportedError(
             f"these models have no names in {target.title}",
-            hint="--to peft, or say with --arch which diffusion model they are",
+            hint="--to peft, or say with --arch which diffusion model they are"
+            if models == "language"
+            else "--to kohya, comfyui, diffusers, or peft for one network",
+        )
+    if not row.extracts:
+        raise UnsupportedError(
+            f"{target.title}: extract does not write this format",
+            hint=f"--to peft, then `loratools convert --to {target.name} --base BASE`",
         )
 
 
@@ -219,6 +242,12 @@ def _nothing_changed(opened: Sequence[Opened], excluded: int) -> MatchError:
 
 def _nbytes(change: Change) -> int:
     return 4 * elements(change.pair.shape)
+
+
+def _stored(change: Change) -> int:
+    """Return the bytes of a tensor in both models."""
+    pair = change.pair
+    return sum(elements(one.shape) * DTYPES[one.dtype] // 8 for one in (pair.base, pair.tuned))
 
 
 def _tell(progress: Progress, every: int, job: Job[Change]) -> None:

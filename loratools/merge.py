@@ -6,6 +6,7 @@ W' = W + Σ strength·(change), summed in float32 and rounded once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ from loratools.planning.merge_report import MergeJob, merge_report, touched_tens
 from loratools.planning.networks import plan_pipeline
 from loratools.planning.no_change import refuse_no_change, refuse_untrained
 from loratools.planning.packed_bases import NEAREST, shaping_strength
-from loratools.planning.residual import check_residual, residual_folder, write_residual
+from loratools.planning.quantising import check_quant
+from loratools.planning.residual import ResidualPlan, left_nothing, plan_residual
 from loratools.planning.unmerge_plan import (
     bound_notes,
     error_bounds,
@@ -45,7 +47,7 @@ from loratools.tensorfiles.atomic import require_space
 from loratools.tensorfiles.destination import check_destination
 
 
-@takes_references(base="model", adapters="adapter")
+@takes_references(base="planned", adapters="adapter")
 def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the command
     base: PathLike,
     adapters: AdapterInput | Sequence[AdapterInput],
@@ -89,8 +91,9 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
         rounding: ``nearest``, or ``adapter-aware``: scales stay, and codes are chosen so that the
             error avoids the inputs that the adapters act on.
         rounding_strength: how much more an error there counts than one elsewhere.
-        residual_rank: also write what rounding left out of packed weights, as an adapter of this
-            rank, to ``output`` with ``-residual`` behind its name.
+        residual_rank: also write what rounding to few bits left out, as an adapter of this rank
+            beside ``output``, with ``-residual`` behind its name: a GGUF file for a GGUF model, a
+            PEFT folder for a checkpoint, one of diffusers' for a pipeline.
         residual_base: the base already lacks what PiSSA, OLoRA ... took out of it.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -105,7 +108,10 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     """
     root = Path(base)
     compute = resolve_compute(device)
-    opened = _open(root)
+    if quant is not None:
+        # Bases that are not quantised have no use for it, and a mistyped word would pass unseen.
+        check_quant(quant)
+    opened = _open(root, "the base comes first, then the adapters")
     loaded = load_adapters(adapters)
     shaping = shaping_strength(rounding, rounding_strength)
     plan = partial(
@@ -123,22 +129,15 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
         job = MergeJob(root, plans, loaded, opened.files, opened.other_files)
     else:
         job = MergeJob(root, {"": plan(opened, shares)}, loaded, opened.files)
-    _check_residual(job, Path(output), residual_rank, overwrite)
-    results = _write(
-        job, Path(output), compute, overwrite, dry_run, progress, lossy=residual_rank is not None
-    )
+    residual = None
+    if residual_rank is not None:
+        residual = plan_residual(job.plans, Path(output), residual_rank, arch)
+        job = replace(job, plans=residual.plans)
+    results = _write(job, Path(output), compute, overwrite, dry_run, progress, residual)
     report = merge_report("merge", job, results, None if dry_run else str(output))
     notes = [*report.notes, *_absent_notes(opened, loaded)]
-    if residual_rank and not dry_run:
-        (only,) = job.plans.values()
-        notes.append(write_residual(only, Path(output), residual_rank, overwrite=overwrite))
+    notes += residual.notes(results) if residual else ()
     return replace(report, notes=tuple(notes))
-
-
-def _check_residual(job: MergeJob, output: Path, rank: int | None, overwrite: bool) -> None:
-    if rank is not None:
-        check_residual(job.plans, rank)
-        check_destination(residual_folder(output), folder=True, overwrite=overwrite)
 
 
 def _absent_notes(base: BaseModel | Pipeline, loaded: Sequence[LoadedAdapter]) -> Iterator[Note]:
@@ -185,7 +184,7 @@ def unmerge_from_base(
         OptionError: neither adapters nor a base.
         InputError, MatchError, OutputError: as for ``merge_into_base``.
     """
-    model = _open(Path(merged))
+    model = _open(Path(merged), "the merged model comes first, then the adapters")
     original = _open(Path(base)) if base is not None else None
     loaded = load_adapters(adapters, allow_none=original is not None)
     compute = resolve_compute(device)
@@ -202,8 +201,8 @@ def unmerge_from_base(
     return replace(report, facts=facts, notes=(*report.notes, *notes))
 
 
-def _open(path: Path) -> BaseModel | Pipeline:
-    return open_pipeline(path) if is_pipeline(path) else open_base(path)
+def _open(path: Path, instead: str = "") -> BaseModel | Pipeline:
+    return open_pipeline(path) if is_pipeline(path) else open_base(path, instead=instead)
 
 
 def _unmerge_plans(
@@ -242,12 +241,11 @@ def _write(
     overwrite: bool,
     dry_run: bool,
     progress: Progress | None,
-    *,
-    lossy: bool = False,
+    residual: ResidualPlan | None = None,
 ) -> Results:
     """Write the planned checkpoints, or only ask whether their destination would be accepted.
 
-    ``lossy`` outputs may be the base's own bytes: what they lack is written beside them.
+    Beside a ``residual`` they may be the base's own bytes: what they lack is written with them.
     """
     refuse_untrained(
         p for plan in job.plans.values() for ps in plan.placements.values() for p in ps
@@ -255,18 +253,29 @@ def _write(
     inputs = [*job.files, *(find_weights(Path(one.path)) for one in job.loaded)]
     folder = job.root.is_dir() or any(p.checkpoint.base.is_folder for p in job.plans.values())
     check_suffix(job.root, target, folder=folder)
+    if residual:
+        residual.check(inputs, overwrite=overwrite)
     if dry_run:
         check_destination(target, folder=folder, overwrite=overwrite, inputs=inputs)
         require_space(target.parent, sum(p.checkpoint.nbytes for p in job.plans.values()))
         return {}
-    return write_checkpoints(
-        {name: plan.checkpoint for name, plan in job.plans.items()},
-        target,
-        compute=compute,
-        root=job.root,
-        other_files=job.other_files,
-        overwrite=overwrite,
-        inputs=inputs,
-        accept=lambda results: None if lossy else refuse_no_change(touched_tensors(job, results)),
-        progress=progress,
-    )
+    beside = residual.staged(inputs, overwrite=overwrite) if residual else nullcontext()
+    with beside as staged:
+
+        def accept(results: Results) -> None:
+            if residual is None or left_nothing(results):
+                refuse_no_change(touched_tensors(job, results))
+            if residual and staged:
+                residual.write(results, staged)
+
+        return write_checkpoints(
+            {name: plan.checkpoint for name, plan in job.plans.items()},
+            target,
+            compute=compute,
+            root=job.root,
+            other_files=job.other_files,
+            overwrite=overwrite,
+            inputs=inputs,
+            accept=accept,
+            progress=progress,
+        )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from loratools.errors import OptionError
-from loratools.hub.fetching import fetch_files, is_cached
+from loratools.hub.fetching import fetch_files, fetch_past_cache, is_cached
 from loratools.hub.listing import Listing, list_files
 from loratools.hub.references import Reference, parse_repository
+from loratools.hub.workplace import alone_in
 from loratools.report import Json, Report
 from loratools.tensorfiles.atomic import require_space, staged_output
 from loratools.tensorfiles.destination import check_destination, settled
@@ -54,10 +56,10 @@ def pull_from_hub(
     if dry_run:
         return report
     work = _work_folder(target)
-    root = _fetch(listing, work)
-    with staged_output(target, folder=folder, overwrite=overwrite) as staged:
-        _place(listing, root, staged, moving=root == work)
-    shutil.rmtree(work, ignore_errors=True)
+    with alone_in(work, target):
+        found = _fetch(listing, work)
+        with staged_output(target, folder=folder, overwrite=overwrite) as staged:
+            _place(listing, found, staged, work)
     return report
 
 
@@ -77,23 +79,27 @@ def _work_folder(target: Path) -> Path:
     return place.parent / f".{place.name}.loratools-pull"
 
 
-def _fetch(listing: Listing, work: Path) -> Path:
-    """Return the folder that has the files: the cache, or ``work`` where they are fetched to."""
+def _fetch(listing: Listing, work: Path) -> dict[str, Path]:
+    """Return where each file is: in the cache, or in ``work`` where it is fetched to."""
     if listing.commit is None or is_cached(listing, listing.below):
-        return fetch_files(listing, listing.below)
-    return fetch_files(listing, listing.below, into=work)
+        root = fetch_files(listing, listing.below)
+        return {name: root / name for name in listing.below}
+    return fetch_past_cache(listing, listing.below, work)
 
 
-def _place(listing: Listing, root: Path, staged: Path, *, moving: bool) -> None:
+def _place(listing: Listing, found: Mapping[str, Path], staged: Path, work: Path) -> None:
     """Move or copy what was fetched, without the path that leads to it in the repository."""
     start = len(listing.reference.path) + 1 if listing.reference.path else 0
-    for name in listing.below:
+    times = Counter(found.values())
+    for name, source in found.items():
         target = staged if listing.is_file else staged / name[start:]
         target.parent.mkdir(parents=True, exist_ok=True)
-        if moving:
-            (root / name).replace(target)
+        # Two names of the same content are one file there.
+        times[source] -= 1
+        if work in source.parents and not times[source]:
+            source.replace(target)
         else:
-            shutil.copyfile(root / name, target)
+            shutil.copyfile(source, target)
 
 
 def _report(listing: Listing, output: str | None) -> Report:

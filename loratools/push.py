@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratools.errors import OptionError, UploadError
+from loratools.hub.failures import LOG_IN, has_token
 from loratools.hub.references import SCHEME, parse_repository, plain_name
 from loratools.hub.taking import takes_references
 from loratools.publishing.card import RELATIONS, CardFacts, completed_card, new_card, read_card
@@ -22,7 +23,7 @@ from loratools.tensorfiles.file_names import ADAPTER_CONFIG
 PathLike = str | os.PathLike[str]
 
 
-@takes_references(path="whole")
+@takes_references(path="whole", card="file")
 def push_to_hub(  # noqa: PLR0913 - one keyword for each option of the command
     path: PathLike,
     repo_id: str,
@@ -168,6 +169,8 @@ def _more_notes(contents: Contents, there: There, *, private: bool, own_card: bo
         notes.append(
             Note("pickled weights may run code; `loratools convert` writes safetensors", "warning")
         )
+    if not has_token():
+        notes.append(Note(f"nobody is logged in, as the upload needs: {LOG_IN}", "warning"))
     if private and there.exists and not there.private:
         notes.append(Note("the repository is there and public; --private changes nothing"))
     if there.card is not None and not own_card:

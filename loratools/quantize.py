@@ -11,6 +11,7 @@ from loratools.codecs.ggml_mixes import Mix, choose_types
 from loratools.compute import resolve_compute
 from loratools.errors import OptionError, UnsupportedError
 from loratools.hub.taking import takes_references
+from loratools.planning.for_adapter import plan_trained_packing, plan_trained_unpacking
 from loratools.planning.gguf_checkpoint import as_folder, from_checkpoint, to_checkpoint
 from loratools.planning.merge_plan import PathLike
 from loratools.planning.packing import PACKED_TARGETS, plan_packing
@@ -25,6 +26,8 @@ from loratools.planning.recoding import (
     type_words,
     writable_mix,
 )
+from loratools.planning.trained_base import find_trained
+from loratools.planning.trained_schemes import is_named
 from loratools.planning.unpacking import plan_unpacking
 from loratools.report import Json, Note, Report
 from loratools.streaming.blocks import TensorWork
@@ -68,13 +71,14 @@ class _Job:
     notes: Sequence[Note] = ()
 
 
-@takes_references(base="model", template="model")
+@takes_references(base="planned", template="planned", for_adapter="adapter")
 def quantize_base(
     base: PathLike,
     output: PathLike,
     *,
-    to: str,
+    to: str | None = None,
     template: PathLike | None = None,
+    for_adapter: PathLike | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -83,11 +87,16 @@ def quantize_base(
     """Write the model at ``base`` in the types that ``to`` names.
 
     Args:
-        base: a GGUF model, in one or several files; or a Hugging Face folder, with ``template``.
-        output: a .gguf file, or a folder for a model in several.
-        to: a GGUF type or one of llama-quantize's mixes (``q8_0``, ``q4_k_m`` ...), in any case.
+        base: a GGUF model, in one or several files; or a Hugging Face folder.
+        output: a .gguf file; a folder for a model in several, and for one of Hugging Face.
+        to: a GGUF type or one of llama-quantize's mixes (``q8_0``, ``q4_k_m`` ...), in any case,
+            for a GGUF model, and for a folder with ``template``. For a folder without: ``nf4``,
+            ``nf4-double``, ``fp4``, ``fp4-double``, ``int8`` (bitsandbytes), ``fp8`` (blocks of
+            128×128), ``mlx-2`` ... ``mlx-8`` (groups of 64).
         template: a GGUF of the same architecture and sizes, whose metadata (tokenizer), tensor
             names and order the output takes.
+        for_adapter: an adapter whose base was quantised: ``base`` is written in that scheme, and
+            ``to`` need not be said.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -95,7 +104,7 @@ def quantize_base(
             threads.
 
     Raises:
-        OptionError: no such type.
+        OptionError: no such type, none at all, or another than the adapter's.
         UnsupportedError: a type that takes an importance matrix, a base that cannot be read or
             whose tensors have no place in GGUF.
         MatchError: base and template are not the same model.
@@ -103,6 +112,13 @@ def quantize_base(
         OutputError: the destination is refused.
     """
     model = open_base(Path(base))
+    if for_adapter is not None:
+        job = _for_adapter(model, for_adapter, to, template)
+        return _write("quantize", base, job, output, device, overwrite, dry_run, progress)
+    if to is None:
+        raise OptionError(
+            "neither --to nor --for-adapter", hint="say the type: --to nf4, --to q8_0 ..."
+        )
     if to.lower() in PACKED_TARGETS:
         job = _packed(model, to.lower(), template)
         return _write("quantize", base, job, output, device, overwrite, dry_run, progress)
@@ -114,13 +130,14 @@ def quantize_base(
     return _write("quantize", base, job, output, device, overwrite, dry_run, progress)
 
 
-@takes_references(base="model", base_config="side")
+@takes_references(base="planned", base_config="side", for_adapter="adapter")
 def dequantize_base(
     base: PathLike,
     output: PathLike,
     *,
     dtype: str | None = None,
     base_config: PathLike | None = None,
+    for_adapter: PathLike | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -137,6 +154,9 @@ def dequantize_base(
             tensors of a GGUF output stay as they are, those of a checkpoint are float16 too.
         base_config: a Hugging Face folder of the same architecture, whose config and tokenizer
             come along, and whose weights, if it has any, settle the names.
+        for_adapter: an adapter whose base was quantised: what it saw of the weights is written,
+            of a base in that scheme or of its 16-bit original, by default in the type that they
+            had in training.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``.
         overwrite: replace an existing output.
         dry_run: plan and check everything, write nothing.
@@ -153,10 +173,13 @@ def dequantize_base(
     if dtype is not None and dtype not in FLOAT_MIXES:
         raise OptionError(f"unknown dtype {dtype!r}", hint=f"use {', '.join(FLOAT_MIXES)}")
     model = open_base(Path(base))
+    if for_adapter is not None:
+        job = _seen_by_adapter(model, for_adapter, dtype, base_config)
+        return _write("dequantize", base, job, output, device, overwrite, dry_run, progress)
     if model.packed:
         job = _unpacked(model, dtype, base_config)
         return _write("dequantize", base, job, output, device, overwrite, dry_run, progress)
-    _refuse_no_gguf(model, "dequantize reads GGUF models: one file, or any file of a split one")
+    _refuse_plain(model)
     if base_config is not None or Path(output).suffix == ".safetensors":
         config = None if base_config is None else open_side_files(Path(base_config))
         job = _as_checkpoint(model, config, dtype or "fp16", Path(output))
@@ -183,7 +206,7 @@ def _gguf_job(model: BaseModel, checkpoint: Checkpoint, mix: str, notes: Sequenc
 def _packed(model: BaseModel, word: str, template: PathLike | None) -> _Job:
     if template is not None:
         raise OptionError(f"--to {word} is no GGUF type", hint="leave out --template")
-    checkpoint, notes = plan_packing(model, word)
+    checkpoint, notes = plan_packing(model, PACKED_TARGETS[word], word)
     facts: dict[str, Json] = {"mix": word, **size_facts(model, checkpoint)}
     return _Job(checkpoint, model.path, model.files, facts, notes)
 
@@ -193,6 +216,39 @@ def _unpacked(model: BaseModel, dtype: str | None, base_config: PathLike | None)
         raise OptionError(f"{model.path} has a config of its own", hint="leave out --base-config")
     checkpoint, word, notes = plan_unpacking(model, dtype)
     facts: dict[str, Json] = {"dtype": word, **size_facts(model, checkpoint)}
+    return _Job(checkpoint, model.path, model.files, facts, notes)
+
+
+def _for_adapter(
+    model: BaseModel, adapter: PathLike, to: str | None, template: PathLike | None
+) -> _Job:
+    """Plan a base in the scheme that an adapter was trained against."""
+    _refuse_gguf(model)
+    if template is not None:
+        raise OptionError("--for-adapter makes no GGUF model", hint="leave out --template")
+    trained = find_trained(adapter)
+    if to is not None and not is_named(trained.scheme, to.lower()):
+        raise OptionError(
+            f"--to {to}: {adapter} was trained against {trained.scheme.title}",
+            hint="leave out --to or --for-adapter",
+        )
+    checkpoint, notes = plan_trained_packing(model, trained)
+    facts: dict[str, Json] = {"mix": trained.scheme.title, "trained_base": trained.base}
+    facts |= size_facts(model, checkpoint)
+    return _Job(checkpoint, model.path, model.files, facts, notes)
+
+
+def _seen_by_adapter(
+    model: BaseModel, adapter: PathLike, dtype: str | None, base_config: PathLike | None
+) -> _Job:
+    """Plan the weights of a base as an adapter saw them."""
+    _refuse_gguf(model)
+    if base_config is not None:
+        raise OptionError(f"{model.path} has a config of its own", hint="leave out --base-config")
+    trained = find_trained(adapter)
+    checkpoint, word, notes = plan_trained_unpacking(model, trained, dtype)
+    facts: dict[str, Json] = {"dtype": word, "trained_base": trained.base}
+    facts |= size_facts(model, checkpoint)
     return _Job(checkpoint, model.path, model.files, facts, notes)
 
 
@@ -259,6 +315,23 @@ def _config_edits(config: BaseModel, dtype: str) -> dict[str, Json]:
 def _refuse_no_gguf(model: BaseModel, hint: str) -> None:
     if not model.is_gguf:
         raise UnsupportedError(f"{model.path}: not a GGUF model", hint=hint)
+
+
+def _refuse_plain(model: BaseModel) -> None:
+    if not model.is_gguf:
+        raise UnsupportedError(
+            f"{model.path}: neither quantised nor a GGUF model: its weights are "
+            f"{model.main_dtype} already",
+            hint="use it as it is, or name the quantised model",
+        )
+
+
+def _refuse_gguf(model: BaseModel) -> None:
+    if model.is_gguf:
+        raise UnsupportedError(
+            f"{model.path}: a GGUF model, and adapters are trained on checkpoints",
+            hint="give the Hugging Face folder of the base",
+        )
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────

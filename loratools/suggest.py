@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
+_SHOWN = 40
+"""Names of a hint; what has more has a command or a page that lists them."""
+
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to ``count`` known names that resemble ``name``, best first."""
-    names = list(known)
-    close = get_close_matches(name, names, n=count, cutoff=0.6)
+    """Return up to ``count`` known names that resemble ``name`` in any case, best first."""
+    names = {one.casefold(): one for one in reversed(list(known))}
+    word = name.casefold()
+    order = list(reversed(names))
+    close = get_close_matches(word, order, n=count, cutoff=0.6)
     # Of equally near names the first known comes first.
-    return sorted(
-        close, key=lambda one: (-SequenceMatcher(None, one, name).ratio(), names.index(one))
-    )
+    close.sort(key=lambda one: (-SequenceMatcher(None, one, word).ratio(), order.index(one)))
+    return [names[one] for one in close]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -22,7 +26,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = nearest(name, names)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return "known: " + ", ".join(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"known: {', '.join(names[:_SHOWN])}{more}"
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

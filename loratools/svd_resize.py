@@ -94,7 +94,8 @@ def resize_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
 ) -> Report:
     """Write ``adapter`` at another rank, in its own format, with ΔW as near as that rank allows.
 
-    Exactly one of the first seven options says how ranks are chosen (see ``RankRule``).
+    Exactly one of the first seven options says how ranks are chosen. σ are the singular values of
+    a layer's ΔW.
 
     Args:
         adapter: an adapter file or folder, of any format that is written too.
@@ -116,7 +117,7 @@ def resize_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
         unbalanced: put all of S into up; else √S goes into both factors.
         compat: ``sd-scripts`` counts singular values as its resize_lora.py does: one too many.
         dtype: ``keep``, ``fp32``, ``bf16`` or ``fp16`` for every float tensor.
-        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        device: ``cpu``, ``cuda``, ``cuda:N``, ``auto``; ``mps`` has no float64, ``cpu`` is taken.
         overwrite: replace an existing output.
         dry_run: choose and compute everything, write nothing.
 

@@ -17,7 +17,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_store import LFS_SUFFIXES, Fault, Repo, Seen, card_data, card_faults, git_id, sha256
+from tests.hub_store import (
+    LFS_SUFFIXES,
+    Fault,
+    Hold,
+    Repo,
+    Seen,
+    card_data,
+    card_faults,
+    git_id,
+    sha256,
+)
 
 PUBLIC = "https://huggingface.co"
 """What the server calls itself in the addresses of pages."""
@@ -35,6 +45,8 @@ class HubServer:
         self.cards: list[str] = []
         self.faults: list[Fault] = []
         self.part_bytes: int | None = None
+        self.ranges = True
+        self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
@@ -60,9 +72,19 @@ class HubServer:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(Fault(method, part, times, status, named))
 
-    def drop(self, part: str, after: int, times: int = 1) -> None:
-        """Break the connection ``after`` bytes of a body."""
-        self.faults.append(Fault("GET", part, times, after=after))
+    def drop(self, part: str, after: int, times: int = 1, skip: int = 0) -> None:
+        """Break the connection ``after`` bytes of a body, of ``skip`` requests later."""
+        self.faults.append(Fault("GET", part, times, after=after, skip=skip))
+
+    def hold(self, part: str, after: int, skip: int = 0) -> Hold:
+        """Fall silent ``after`` bytes of a body, of ``skip`` requests later and all that follow."""
+        hold = Hold()
+        self.faults.append(Fault("GET", part, 10**6, after=after, skip=skip, hold=hold))
+        return hold
+
+    def sent(self, part: str) -> int:
+        """Return the bytes of bodies that went out."""
+        return sum(one.sent for one in self.seen if part in one.path)
 
     def blob(self, oid: str) -> bytes:
         if oid not in self.blobs:
@@ -74,10 +96,14 @@ class HubServer:
         return [one for one in self.seen if one.method == method and part in one.path]
 
     def take_fault(self, method: str, path: str) -> Fault | None:
-        for fault in self.faults:
-            if fault.times and fault.method == method and fault.part in path:
-                fault.times -= 1
-                return fault
+        with self._lock:
+            for fault in self.faults:
+                if fault.times and fault.method == method and fault.part in path:
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
+                    fault.times -= 1
+                    return fault
         return None
 
 
@@ -112,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = None
         bearer = self.headers.get("Authorization")
         self.token = bearer.removeprefix("Bearer ") if bearer else None
-        self.hub.seen.append(Seen(method, path, self.headers.get("Range"), self.token))
+        self.record = Seen(method, path, self.headers.get("Range"), self.token)
+        self.hub.seen.append(self.record)
         if self.token and self.headers.get("Host", "").startswith("localhost"):
             self.hub.leaks.append(path)
         self.fault = self.hub.take_fault(method, path)
@@ -157,12 +184,23 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if self.fault and self.fault.after is not None and len(data) > self.fault.after:
-            self.wfile.write(data[: self.fault.after])
-            self.wfile.flush()
+            self._write(data[: self.fault.after])
+            if self.fault.hold:
+                self.fault.hold.reached.set()
+                self.fault.hold.over.wait(60)
             self.close_connection = True
             self.connection.close()
             return
-        self.wfile.write(data)
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        self.record.sent = len(data)
+        try:
+            self.wfile.write(data)
+            self.wfile.flush()
+        except ConnectionError:
+            # Killed in the middle of it.
+            self.close_connection = True
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         self._json({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
@@ -417,7 +455,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, data: bytes, headers: dict[str, str]) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if not asked:
+        if not asked or not self.hub.ranges:
             self._send(data, 200, {"Accept-Ranges": "bytes", **headers})
             return
         start, stop = int(asked[1]), int(asked[2] or len(data) - 1) + 1

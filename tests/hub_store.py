@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -63,16 +64,27 @@ class Fault:
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     after: int | None = None
+    skip: int = 0
+    hold: Hold | None = None
+
+
+class Hold:
+    """A server that falls silent: ``reached`` when it does, until ``over``."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.over = threading.Event()
 
 
 @dataclass
 class Seen:
-    """One request."""
+    """One request; ``sent`` is how many bytes of a body went out."""
 
     method: str
     path: str
     range: str | None
     token: str | None
+    sent: int = 0
 
 
 def sha256(data: bytes) -> str:

@@ -80,6 +80,9 @@ def run_each(
         # One by one: what is there when one fails is told.
         reports.extend(work(path, target) for path, target in pairs)
     except LoratoolsError as error:
+        failed = paths[len(reports)]
+        if many and failed not in error.message:
+            error.message = f"{failed}: {error.message}"
         written = [report.output for report in reports if report.output]
         if written:
             error.message += f"\n(written before: {', '.join(written)})"

@@ -7,17 +7,18 @@ from typing import Any
 import click
 
 from loratools._cli.options import (
-    ADAPTER_OUTPUT,
+    ADAPTER_OUT,
     ARCH,
     DRY_RUN,
-    DTYPE,
     FORMAT_NAME,
     METHOD_NAME,
     OVERWRITE,
     PATH,
     Strengths,
     adapters_argument,
+    dtype_option,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -32,38 +33,58 @@ from loratools._cli.startup import import_torch
     ),
 )
 @adapters_argument(required=True, word="WEIGHT")
-@ADAPTER_OUTPUT
+@output_option("What to write: a file, or a folder for peft.", ADAPTER_OUT)
 @click.option(
     "--method",
     type=METHOD_NAME,
     default="linear",
     show_default=True,
     metavar="M",
-    help="How; see `methods`.",
-)
-@click.option("--rank", type=int, metavar="N", help="Largest rank; without it the exact result.")
-@click.option(
-    "--density", type=float, metavar="F", help="Share of elements that pruning methods keep."
+    help="How: a name that `loratools methods` lists; linear is the sum.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, metavar="N", help="For DARE and DELLA."
+    "--rank",
+    type=int,
+    metavar="N",
+    help="The largest rank of a layer; without it the result is exact. Methods on the elements of "
+    "ΔW need it. Layers with a smaller side get that side.",
+)
+@click.option(
+    "--density",
+    type=float,
+    metavar="F",
+    help="Share of elements that pruning methods keep, in (0, 1]; each has a default.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Settles the chance in DARE and DELLA; each layer draws its own numbers, by its name.",
 )
 @click.option(
     "--weights",
     multiple=True,
     metavar="PATTERN=W,W",
-    help="Other weights, one for each ADAPTER, where the pattern fits.",
+    help="Weights that take the place of the usual ones, one for each ADAPTER, in layers and "
+    "tensors in whose name PATTERN, a regular expression, is found. Repeat for several; the first "
+    "that fits decides.",
 )
 @click.option(
     "--to",
     type=FORMAT_NAME,
     metavar="FORMAT",
-    help="Format of OUT; that of the first ADAPTER if not said.",
+    help="The format of OUT; that of the first ADAPTER by default.",
 )
-@DTYPE
+@dtype_option("Type of OUT's float tensors; keep gives fp32 to what is computed.")
 @ARCH
 @click.option(
-    "--base", type=PATH, metavar="BASE", help="The base model, for replaced tensors (see docs)."
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The base model: for full tensors that ADAPTERs replace, and for GGUF adapters where the "
+    "files do not tell the names.",
 )
 @OVERWRITE
 @DRY_RUN

@@ -9,13 +9,15 @@ import click
 from loratools._cli.batch import run_each, split_inputs
 from loratools._cli.options import (
     ADAPTER,
-    ADAPTER_OUTPUT,
+    ADAPTER_OUT,
     ARCH,
     DRY_RUN,
     FORMAT_NAME,
     OVERWRITE,
     PATH,
+    dtype_option,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -30,7 +32,7 @@ from loratools._cli.startup import import_torch
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, type=ADAPTER, metavar="ADAPTER...")
-@ADAPTER_OUTPUT
+@output_option("What to write: a file; a folder for peft and for several ADAPTERs.", ADAPTER_OUT)
 @click.option(
     "--to", required=True, type=FORMAT_NAME, metavar="FORMAT", help="Target format; see `formats`."
 )
@@ -38,23 +40,26 @@ from loratools._cli.startup import import_torch
     "--base",
     type=PATH,
     metavar="BASE",
-    help="A checkpoint whose tensor names serve as vocabulary; for GGUF, the language model.",
+    help="A checkpoint whose tensor names and shapes serve as vocabulary, for modules that no "
+    "table of names has. To and from gguf, the language model: its folder, config.json or GGUF "
+    "file.",
 )
 @ARCH
-@click.option(
-    "--dtype",
-    default="keep",
-    show_default=True,
-    type=click.Choice(["keep", "fp32", "bf16", "fp16", "q8_0"]),
-    help="Type of the output's tensors; q8_0 in GGUF alone.",
+@dtype_option(
+    "Type of the output's float tensors; q8_0 in GGUF alone, where rows are whole blocks of 32 "
+    "(others become fp16).",
+    "q8_0",
 )
 @click.option(
     "--repair",
     type=click.Choice(["split-qkv-alpha"]),
-    help="Mend a known fault: alpha of fused projections saved by split_qkv.",
+    help="Mend a known fault: the alpha of fused projections that were saved split.",
 )
 @click.option(
-    "--network", metavar="NETWORK", help="Convert one network alone, such as transformer_2."
+    "--network",
+    metavar="NETWORK",
+    help="Convert one network alone, by diffusers' word for it: unet, transformer, text_encoder "
+    "...",
 )
 @click.option("--allow-loss", is_flag=True, help="Leave out what FORMAT cannot hold.")
 @OVERWRITE

@@ -13,7 +13,11 @@ from loratools._cli.startup import import_torch
     "demo", epilog=examples("loratools demo", "loratools demo -o demo-files --overwrite")
 )
 @click.option(
-    "-o", "--output", type=OUT, metavar="OUT", help="Keep the base, adapter and result here."
+    "-o",
+    "--output",
+    type=OUT,
+    metavar="OUT",
+    help="Keep base, adapter and merged in this folder; otherwise they are temporary.",
 )
 @OVERWRITE
 @output_options

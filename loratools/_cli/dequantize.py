@@ -9,10 +9,11 @@ import click
 from loratools._cli.options import (
     DEVICE,
     DRY_RUN,
-    OUTPUT,
+    FOR_ADAPTER,
     OVERWRITE,
     PATH,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -24,21 +25,25 @@ from loratools._cli.startup import import_torch
     epilog=examples(
         "loratools dequantize model-q4_k_m.gguf -o half.gguf",
         "loratools dequantize model-q8_0.gguf -o folder --base-config llama-3-8b --dtype bf16",
+        "loratools dequantize llama-3-8b -o seen --for-adapter my-qlora",
     ),
 )
 @click.argument("base", type=PATH)
-@OUTPUT
+@output_option("What to write; its ending decides the form.")
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Float type of every matrix; by default fp16 for what was quantised.",
+    help="Float type of every matrix. By default fp16 for what was quantised; other tensors of a "
+    "GGUF output stay as they are, those of a checkpoint are fp16 too.",
 )
 @click.option(
     "--base-config",
     type=PATH,
     metavar="FOLDER",
-    help="Write a Hugging Face folder, with this one's config and tokenizer.",
+    help="Write a Hugging Face folder, with this one's config and tokenizer; if it has weights "
+    "too, their names settle the spelling.",
 )
+@FOR_ADAPTER
 @DEVICE
 @OVERWRITE
 @DRY_RUN

@@ -25,7 +25,8 @@ from loratools._cli.startup import import_torch
     "--base",
     type=PATH,
     metavar="BASE",
-    help="The language model of GGUF adapters, where they do not tell.",
+    help="The language model of GGUF adapters (folder, config.json or GGUF file), where the files "
+    "do not tell.",
 )
 @click.option(
     "--tolerance",

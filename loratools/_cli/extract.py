@@ -7,15 +7,16 @@ from typing import Any
 import click
 
 from loratools._cli.options import (
-    ADAPTER_OUTPUT,
+    ADAPTER_OUT,
     ARCH,
     DEVICE,
     DRY_RUN,
-    DTYPE,
-    FORMAT_NAME,
+    EXTRACTED_NAME,
     OVERWRITE,
     PATH,
+    dtype_option,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -31,29 +32,51 @@ from loratools._cli.startup import import_torch
 )
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
-@ADAPTER_OUTPUT
+@output_option("What to write: a file, or a folder for peft.", ADAPTER_OUT)
 @click.option(
-    "--rank", type=int, metavar="N", help="Rank of each layer; the largest, with --energy."
+    "--rank", type=int, metavar="N", help="Rank of each layer; with --energy, the largest."
 )
 @click.option(
-    "--energy", type=float, metavar="F", help="Share of each layer's change to keep, such as 0.9."
+    "--energy",
+    type=float,
+    metavar="F",
+    help="Share of each layer's ‖ΔW‖² to keep, above 0 and at most 1, with as small a rank as that "
+    "takes.",
 )
-@click.option("--conv-rank", type=int, metavar="N", help="Rank of convolutions beyond 1x1.")
+@click.option(
+    "--conv-rank",
+    type=int,
+    metavar="N",
+    help="Rank of convolutions with kernels beyond 1×1.",
+)
 @click.option(
     "--to",
-    type=FORMAT_NAME,
+    type=EXTRACTED_NAME,
     metavar="FORMAT",
     help="Format to write; by default the model's own.",
 )
 @click.option("--exact", is_flag=True, help="Compute dense SVDs: slow, never needed for accuracy.")
 @click.option(
-    "--include", multiple=True, metavar="REGEX", help="Only modules in which this is found."
+    "--include",
+    multiple=True,
+    metavar="REGEX",
+    help="Only modules in whose name this is found; repeat for several.",
 )
 @click.option(
-    "--exclude", multiple=True, metavar="REGEX", help="No modules in which this is found."
+    "--exclude",
+    multiple=True,
+    metavar="REGEX",
+    help="No modules in whose name this is found; repeat for several.",
 )
-@click.option("--full", multiple=True, metavar="REGEX", help="Write these modules' change whole.")
-@DTYPE
+@click.option(
+    "--full",
+    multiple=True,
+    metavar="REGEX",
+    help="Write the change of modules in whose name this is found whole; repeat for several.",
+)
+@dtype_option(
+    "Type of the output's float tensors; keep gives float32 factors, and copies as they are."
+)
 @DEVICE
 @ARCH
 @OVERWRITE

@@ -23,6 +23,8 @@ def command(out: Output) -> None:
             "read": True,
             "write": row.writes,
             "title": row.title,
+            "models": list(row.models),
+            "file": row.file,
             "kinds": list(row.kinds),
         }
         for row in FORMATS

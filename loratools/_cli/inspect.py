@@ -20,7 +20,12 @@ from loratools._cli.startup import import_torch
     ),
 )
 @click.argument("paths", nargs=-1, required=True, type=ADAPTER, metavar="PATH...")
-@click.option("--base", type=PATH, metavar="BASE", help="The adapter's base, to state its share.")
+@click.option(
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The adapter's base, to state its share of the parameters.",
+)
 @click.option(
     "--spectrum",
     is_flag=True,
@@ -36,7 +41,7 @@ from loratools._cli.startup import import_torch
     "--plot",
     type=OUT,
     metavar="FILE",
-    help="Draw spectrum or alignment: FILE.png, .svg or .html.",
+    help="Draw the spectrum of one adapter, or the alignment of several: FILE.png, .svg or .html.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @output_options

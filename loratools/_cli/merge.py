@@ -11,12 +11,13 @@ from loratools._cli.options import (
     DEVICE,
     DRY_RUN,
     DTYPE,
-    OUTPUT,
     OVERWRITE,
     PATH,
+    QUANT_NAME,
     Strengths,
     adapters_argument,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -35,24 +36,26 @@ COMPAT = ("comfyui", "lycoris", "sd-scripts", "a1111")
 )
 @click.argument("base", type=PATH)
 @adapters_argument(required=True)
-@OUTPUT
+@output_option("What to write: a folder if BASE is one, else a .safetensors or .gguf file.")
 @DTYPE
 @DEVICE
 @ARCH
 @click.option(
     "--block-strengths",
     metavar="LIST",
-    help="Strengths by block: 12, 17, 20 or 26 numbers (SD), or PATTERN=NUMBER,...",
+    help="Strengths by block, which multiply those of the ADAPTERs: 12, 17, 20 or 26 numbers for "
+    "Stable Diffusion's blocks, or PATTERN=NUMBER pairs, separated by commas.",
 )
 @click.option(
     "--compat",
     type=click.Choice(COMPAT),
-    help="Fold as this tool does where that is not the formula.",
+    help="Fold as this tool does, where that is not the formula.",
 )
 @click.option(
     "--quant",
+    type=QUANT_NAME,
     metavar="TYPE",
-    help="Quantised bases: keep, dequantize, or for GGUF q8_0, q6_k ... "
+    help="Of a quantised base: keep, dequantize, or for GGUF a type such as q8_0. "
     "[default: keep for GGUF, dequantize for others]",
 )
 @click.option(
@@ -66,18 +69,20 @@ COMPAT = ("comfyui", "lycoris", "sd-scripts", "a1111")
     "--rounding-strength",
     type=float,
     metavar="NUMBER",
-    help="Weight of errors that the adapter sees, for adapter-aware rounding.",
+    help="With adapter-aware rounding: how much more an error counts that the adapter sees. "
+    "[default: 10]",
 )
 @click.option(
     "--residual-rank",
     type=click.IntRange(min=1),
     metavar="N",
-    help="With --quant keep: also write OUT-residual, what rounding left out.",
+    help="Where few bits stay few: also write OUT-residual, an adapter of this rank with what "
+    "rounding left out, for runtimes that load both.",
 )
 @click.option(
     "--residual-base",
     is_flag=True,
-    help="BASE already lacks what PiSSA, OLoRA, CorDA ... took out of it.",
+    help="BASE already lacks what PiSSA, OLoRA, CorDA ... took out of it: recompute nothing.",
 )
 @OVERWRITE
 @DRY_RUN

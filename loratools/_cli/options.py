@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
@@ -13,12 +14,16 @@ import click
 from click.shell_completion import CompletionItem
 
 from loratools._cli.output import Output
+from loratools._cli.type_names import BLOCK_TYPES, FOLDER_TYPES, GGUF_MIXES
+from loratools._cli.usage import BadWord
 from loratools.hub.client import BARS
-from loratools.hub.references import SCHEME
+from loratools.hub.references import SCHEME, is_reference
+from loratools.suggest import did_you_mean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EMPTY = "an empty path; is a variable unset?"
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 
 
 class StrengthParam(click.ParamType):  # type: ignore[type-arg]
@@ -49,14 +54,40 @@ class StrengthParam(click.ParamType):  # type: ignore[type-arg]
         try:
             strength = float(tail)
         except ValueError:
-            if Path(head).exists():
-                self.fail(f"{word} {tail!r} after {head} is not a number", param, ctx)
-            return str(value), 1.0
+            if head and not (Path(head).exists() or _is_reference_before(head, tail)):
+                return str(value), 1.0
+            raise BadWord(
+                f"{word} {tail!r} after {head} is not a number", _as_number(head, tail), ctx, param
+            ) from None
         if not math.isfinite(strength) or strength == 0:
-            self.fail(f"{word} {tail} after {head}: give a finite number other than 0", param, ctx)
+            hint = f"leave the adapter out, or write a number: {head}:0.8"
+            message = f"{word} {tail} after {head}: give a finite number other than 0"
+            raise BadWord(message, hint, ctx, param)
         if not head:
-            self.fail(f"{value!r} has a {word} but no path", param, ctx)
+            hint = f"write it behind its adapter, without a blank: ADAPTER{value}"
+            raise BadWord(f"{value!r} has a {word} but no path", hint, ctx, param)
         return head, strength
+
+
+def _is_reference_before(head: str, tail: str) -> bool:
+    """Return whether ``tail`` follows a whole reference, whose own parts have no colon."""
+    return is_reference(head) and "/" not in tail
+
+
+def _as_number(head: str, tail: str) -> str:
+    """Return how a strength is written that is no number."""
+    if tail.endswith("%") and _float(tail[:-1]) is not None:
+        return f"write {head}:{float(tail[:-1]) / 100:g}"
+    if (number := _float(tail.replace(",", "."))) is not None:
+        return f"write {head}:{number:g}"
+    return f"write a number behind the colon, {head or 'ADAPTER'}:0.8, or leave out the colon"
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _is_drive(head: str) -> bool:
@@ -89,18 +120,49 @@ class PathParam(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(incomplete, type="file")]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse the empty path."""
+        """Refuse the empty path, and an output that is not on this machine."""
         if value == "":
             self.fail(EMPTY, param, ctx)
+        if self.role == "output" and _ADDRESS.match(str(value)):
+            hint = "write to a folder or file here; `loratools push` uploads it"
+            raise BadWord(f"{value} is not on this machine", hint, ctx, param)
         return value
 
 
-class TableName(click.ParamType):  # type: ignore[type-arg]
-    """A name in a table, which the operation checks; completion offers the table's names."""
+class RepositoryParam(click.ParamType):  # type: ignore[type-arg]
+    """``OWNER/NAME`` or a reference, that is read."""
 
-    def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
+    name = "REPO_ID"
+    role = "input"
+    is_adapter = False
+
+
+class TableName(click.ParamType):  # type: ignore[type-arg]
+    """A name in a table; completion offers the table's names.
+
+    The operation checks it, or where it may have no use for it, so that a mistyped name would
+    pass unseen, what has a ``noun`` is checked here; ``note`` ends the hint.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        names: Callable[[], Iterable[str]],
+        *,
+        noun: str = "",
+        note: str = "",
+    ) -> None:
         self.name = name
         self.names = names
+        self.noun = noun
+        self.note = note
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse a name that is not in the table, if that is checked here."""
+        if self.noun and str(value).lower() not in {name.lower() for name in self.names()}:
+            words = did_you_mean(str(value), self.names())
+            raise BadWord(f"no {self.noun} is called {value!r}", words + self.note, ctx, param)
+        return value
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -115,6 +177,12 @@ def _formats() -> Iterable[str]:
     return [row.name for row in FORMATS if row.writes]
 
 
+def _extracted() -> Iterable[str]:
+    from loratools.formats import FORMATS
+
+    return [row.name for row in FORMATS if row.extracts]
+
+
 def _methods() -> Iterable[str]:
     from loratools.merge_methods import METHODS
 
@@ -127,9 +195,27 @@ def _architectures() -> Iterable[str]:
     return [architecture.id for architecture in ARCHITECTURES]
 
 
+def _devices() -> Iterable[str]:
+    return ("cpu", "cuda", "mps", "auto")
+
+
+def _mixes_and_types() -> Iterable[str]:
+    return (*GGUF_MIXES, *FOLDER_TYPES)
+
+
+def _quant_words() -> Iterable[str]:
+    return ("keep", "dequantize", *BLOCK_TYPES)
+
+
 FORMAT_NAME = TableName("FORMAT", _formats)
+EXTRACTED_NAME = TableName("FORMAT", _extracted)
 METHOD_NAME = TableName("METHOD", _methods)
-ARCH_NAME = TableName("ARCH", _architectures)
+ARCH_NAME = TableName(
+    "ARCH", _architectures, noun="architecture", note="; language models need none"
+)
+DEVICE_NAME = TableName("DEVICE", _devices)
+QUANT_NAME = TableName("TYPE", _quant_words)
+TYPE_NAME = TableName("TYPE", _mixes_and_types)
 
 Strengths = tuple[tuple[str, float], ...]
 
@@ -175,29 +261,36 @@ PATH = PathParam()
 ADAPTER = PathParam(adapter=True)
 OUT = PathParam("output")
 ADAPTER_OUT = PathParam("output", adapter=True)
-OUTPUT = click.option(
-    "-o", "--output", required=True, type=OUT, metavar="OUT",
-    help="What to write: a folder, or a file.",
-)  # fmt: skip
-ADAPTER_OUTPUT = click.option(
-    "-o", "--output", required=True, type=ADAPTER_OUT, metavar="OUT",
-    help="What to write: a folder, or a file.",
-)  # fmt: skip
+
+
+def output_option(text: str, kind: PathParam = OUT) -> Callable[[Command], Command]:
+    """Return the decorator for ``-o``; ``text`` says what is written."""
+    return click.option("-o", "--output", required=True, type=kind, metavar="OUT", help=text)
+
+
+def dtype_option(text: str, *more: str) -> Callable[[Command], Command]:
+    """Return the decorator for ``--dtype``; ``more`` are words beside the usual ones."""
+    words = click.Choice(["keep", "fp32", "bf16", "fp16", *more])
+    return click.option("--dtype", default="keep", show_default=True, type=words, help=text)
+
+
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Plan and check everything, write nothing, exit alike."
 )
+FOR_ADAPTER = click.option(
+    "--for-adapter", type=ADAPTER, metavar="ADAPTER",
+    help="Choose what this adapter was trained against, by the base that it records.",
+)  # fmt: skip
 DEVICE = click.option(
-    "--device", default="cpu", show_default=True, metavar="DEVICE",
-    help="Where to compute: cpu, cuda, cuda:N, mps or auto.",
+    "--device", default="cpu", show_default=True, metavar="DEVICE", type=DEVICE_NAME,
+    help="Where to compute: cpu, cuda, cuda:N, mps, or auto for the GPU if there is one.",
 )  # fmt: skip
 ARCH = click.option(
-    "--arch", type=ARCH_NAME, metavar="ARCH", help="The architecture, where the files do not tell."
-)
-DTYPE = click.option(
-    "--dtype", default="keep", show_default=True,
-    type=click.Choice(["keep", "fp32", "bf16", "fp16"]), help="Float type of the output.",
+    "--arch", type=ARCH_NAME, metavar="ARCH",
+    help="The architecture (sdxl, flux1 ...), where the files do not tell.",
 )  # fmt: skip
+DTYPE = dtype_option("Type of the output's float tensors.")
 
 
 def examples(*lines: str) -> str:

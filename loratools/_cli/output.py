@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from loratools._cli.spectrum_text import PRESENTERS, rows_of
+from loratools._cli.usage import usage_words
 from loratools.errors import LoratoolsError
 from loratools.report import SCHEMA, Json, Note, Report
 
@@ -75,14 +76,14 @@ class Output:
         """Show a failure and its next step."""
         self._failure(type(error).__name__, error.message, error.hint)
 
-    def usage_error(self, error: click.UsageError) -> int:
-        """Show wrong usage; returns the exit code."""
+    def usage_error(
+        self, error: click.UsageError, arguments: Sequence[str], commands: Collection[str]
+    ) -> int:
+        """Show wrong usage of the command line ``arguments``; returns the exit code."""
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
             click.echo(error.format_message(), err=True)
             return 2
-        command = error.ctx.command_path if error.ctx else "loratools"
-        hint = f"see `{command} --help`"
-        self._failure("UsageError", error.format_message(), hint)
+        self._failure("UsageError", *usage_words(error, arguments, commands))
         return 2
 
     def interrupted(self) -> None:

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from loratools._cli.options import DRY_RUN, OUTPUT, OVERWRITE, examples, output_options
+from loratools._cli.options import (
+    DRY_RUN,
+    OVERWRITE,
+    RepositoryParam,
+    examples,
+    output_option,
+    output_options,
+)
 from loratools._cli.output import Output
 
 
@@ -17,8 +24,8 @@ from loratools._cli.output import Output
         "loratools pull hf://me/loras@v2/ink.safetensors -o ink-v2.safetensors",
     ),
 )
-@click.argument("repo_id")
-@OUTPUT
+@click.argument("repo_id", type=RepositoryParam())
+@output_option("A folder, or a file if REPO_ID names one.")
 @click.option("--revision", metavar="REVISION", help="A branch, tag or commit.")
 @OVERWRITE
 @DRY_RUN

@@ -23,17 +23,27 @@ RELATIONS = ("adapter", "merge", "quantized", "finetune")
 )
 @click.argument("path", type=PATH)
 @click.argument("repo_id")
-@click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
-@click.option("--create-pr", is_flag=True, help="Propose the change instead of making it.")
-@click.option("--revision", metavar="BRANCH", help="Commit to this branch; made if need be.")
+@click.option("--private", is_flag=True, help="Make the repository private, if it is made.")
+@click.option(
+    "--create-pr", is_flag=True, help="Propose the change as a pull request instead of making it."
+)
+@click.option(
+    "--revision",
+    metavar="BRANCH",
+    help="Commit to this branch; made from the main branch if need be.",
+)
 @click.option("-m", "--message", metavar="TEXT", help="The commit's message.")
 @click.option(
     "--base-model",
     multiple=True,
     metavar="ID",
-    help="The base on the Hub, where the files do not name it; repeat for several.",
+    help="The base on the Hub, OWNER/NAME, where the files do not name it; repeat for several.",
 )
-@click.option("--license", metavar="ID", help="The licence; by default the base model's.")
+@click.option(
+    "--license",
+    metavar="ID",
+    help="The licence, in the Hub's words (apache-2.0 ...); by default the base model's.",
+)
 @click.option(
     "--relation", type=click.Choice(RELATIONS), help="To the base; by default as files tell."
 )
@@ -42,9 +52,14 @@ RELATIONS = ("adapter", "merge", "quantized", "finetune")
     multiple=True,
     type=StrengthParam(),
     metavar="ADAPTER[:STRENGTH]",
-    help="An adapter that was merged, for the card; repeat for several.",
+    help="An adapter that was merged, with its strength, for the card; repeat for several.",
 )
-@click.option("--card", type=PATH, metavar="FILE", help="Use this Markdown file as the card.")
+@click.option(
+    "--card",
+    type=PATH,
+    metavar="FILE",
+    help="Use this Markdown file as the card, instead of the one that is there.",
+)
 @click.option("--allow-conflict", is_flag=True, help="Answer for a licence that is not the base's.")
 @DRY_RUN
 @output_options

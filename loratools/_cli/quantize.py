@@ -9,10 +9,12 @@ import click
 from loratools._cli.options import (
     DEVICE,
     DRY_RUN,
-    OUTPUT,
+    FOR_ADAPTER,
     OVERWRITE,
     PATH,
+    TYPE_NAME,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -24,23 +26,26 @@ from loratools._cli.startup import import_torch
     epilog=examples(
         "loratools quantize model-f16.gguf -o smaller.gguf --to q4_k_m",
         "loratools quantize my-finetune -o tuned.gguf --to q8_0 --template base.gguf",
+        "loratools quantize llama-3-8b -o llama-nf4 --for-adapter my-qlora",
     ),
 )
 @click.argument("base", type=PATH)
-@OUTPUT
+@output_option("What to write: a .gguf file; a folder for a split model or one of Hugging Face.")
 @click.option(
     "--to",
-    required=True,
+    type=TYPE_NAME,
     metavar="TYPE",
-    help="A GGUF type or mix: f16, q8_0, q6_k, q5_k_m, q4_k_m, q3_k_l, q2_k, iq4_xs ...; for a "
-    "Hugging Face folder nf4, nf4-double, fp4, int8, fp8, mlx-4 ...",
+    help="A GGUF type or mix, in any case: f16, q8_0, q6_k, q5_k_m, q4_k_m, q3_k_l, q2_k, iq4_xs "
+    "...; for a Hugging Face folder nf4, nf4-double, fp4, int8, fp8, mlx-4 ...",
 )
 @click.option(
     "--template",
     type=PATH,
     metavar="MODEL.gguf",
-    help="For a Hugging Face folder: a GGUF of the same model, for metadata and tokenizer.",
+    help="From a Hugging Face folder to GGUF: a GGUF of the same model, for metadata and "
+    "tokenizer.",
 )
+@FOR_ADAPTER
 @DEVICE
 @OVERWRITE
 @DRY_RUN

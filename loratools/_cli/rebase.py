@@ -12,10 +12,10 @@ from loratools._cli.options import (
     ARCH,
     DEVICE,
     DRY_RUN,
-    DTYPE,
     FORMAT_NAME,
     OVERWRITE,
     PATH,
+    dtype_option,
     examples,
     output_options,
 )
@@ -32,31 +32,41 @@ from loratools._cli.startup import import_torch
 )
 @click.argument("adapter", type=ADAPTER)
 @click.option(
-    "--from", "source", required=True, type=PATH, metavar="BASE", help="The base it was made for."
+    "--from",
+    "source",
+    required=True,
+    type=PATH,
+    metavar="BASE",
+    help="The base that ADAPTER was made for.",
 )
 @click.option(
-    "--onto", "target", required=True, type=PATH, metavar="BASE", help="The base it shall fit."
+    "--onto", "target", required=True, type=PATH, metavar="BASE", help="The base that it shall fit."
 )
 @click.option(
     "--rank", required=True, type=int, metavar="K",
-    help="Rank of what is added to each layer; 0 only measures.",
+    help="The rank of what is added to each layer; 0 only measures.",
 )  # fmt: skip
 @click.option(
     "-o",
     "--output",
     type=ADAPTER_OUT,
     metavar="OUT",
-    help="What to write; not with --rank 0.",
+    help="What to write; required unless the rank is 0.",
 )
-@click.option("--total-rank", type=int, metavar="N", help="Cut each layer's sum to this rank.")
+@click.option(
+    "--total-rank",
+    type=int,
+    metavar="N",
+    help="Cut each layer's sum to this rank; a warning says if that loses more than was carried.",
+)
 @click.option(
     "--to",
     type=FORMAT_NAME,
     metavar="FORMAT",
-    help="Format to write; by default the adapter's.",
+    help="The format to write; by default ADAPTER's.",
 )
 @click.option("--exact", is_flag=True, help="Compute dense SVDs: slow, never needed for accuracy.")
-@DTYPE
+@dtype_option("Type of the output's float tensors; keep gives new factors in float32.")
 @DEVICE
 @ARCH
 @OVERWRITE

@@ -9,7 +9,7 @@ import click
 from loratools._cli.batch import run_each, split_inputs
 from loratools._cli.options import (
     ADAPTER,
-    ADAPTER_OUTPUT,
+    ADAPTER_OUT,
     ARCH,
     DEVICE,
     DRY_RUN,
@@ -17,6 +17,7 @@ from loratools._cli.options import (
     OVERWRITE,
     PATH,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -31,7 +32,7 @@ from loratools._cli.startup import import_torch
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, type=ADAPTER, metavar="ADAPTER...")
-@ADAPTER_OUTPUT
+@output_option("What to write: a file; a folder for PEFT and for several ADAPTERs.", ADAPTER_OUT)
 @click.option("--rank", type=int, metavar="N", help="This rank in every layer.")
 @click.option("--energy", type=float, metavar="F", help="Keep this share of the energy Σσ².")
 @click.option("--sv-ratio", type=float, metavar="X", help="Keep σ above the largest / X.")
@@ -39,8 +40,13 @@ from loratools._cli.startup import import_torch
 @click.option("--sv-fro", type=float, metavar="F", help="Keep this share of the Frobenius norm.")
 @click.option("--max-size", metavar="SIZE", help="Most energy in SIZE (64MiB, 50MB) over all.")
 @click.option("--mean-rank", type=float, metavar="F", help="Most energy at this mean rank.")
-@click.option("--conv-rank", type=int, metavar="N", help="With --rank: of k×k convolutions.")
-@click.option("--max-rank", type=int, metavar="N", help="Without --rank: no layer gets more.")
+@click.option(
+    "--conv-rank",
+    type=int,
+    metavar="N",
+    help="With --rank: the rank of convolutions with kernels larger than 1.",
+)
+@click.option("--max-rank", type=int, metavar="N", help="With the other rules: no layer gets more.")
 @click.option(
     "--scope",
     default="layer",
@@ -48,17 +54,30 @@ from loratools._cli.startup import import_torch
     type=click.Choice(["layer", "global"]),
     help="Whether --energy is of each layer, or of all together.",
 )
-@click.option("--base", type=PATH, metavar="BASE", help="Its model: for DoRA and for --score.")
+@click.option(
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The model that the adapter is for; DoRA and --score need it.",
+)
 @click.option(
     "--score",
     default="absolute",
     show_default=True,
     type=click.Choice(["absolute", "frobenius", "spectral"]),
-    help="Compare layers by σ, or by σ over this norm of the base weight.",
+    help="Under a budget, compare layers by σ, or by σ over this norm of the base weight.",
 )
-@click.option("--unbalanced", is_flag=True, help="Put the singular values into up alone.")
 @click.option(
-    "--compat", type=click.Choice(["sd-scripts"]), help="Count singular values as this tool does."
+    "--unbalanced",
+    is_flag=True,
+    help="Put σ into up alone, as sd-scripts does; otherwise √σ into both factors, which half "
+    "precision holds better.",
+)
+@click.option(
+    "--compat",
+    type=click.Choice(["sd-scripts"]),
+    help="Count singular values as its resize_lora.py does, which keeps one more than the rule "
+    "says and gives --conv-rank to 1×1 convolutions too.",
 )
 @ARCH
 @DTYPE

@@ -14,6 +14,7 @@ from loratools._cli.options import PATH, examples, output_options
 from loratools._cli.output import Output
 from loratools.errors import InputError, MissingFileError
 from loratools.report import Report
+from loratools.tensorfiles.missing import no_such_path
 
 if TYPE_CHECKING:
     from loratools.recipes.steps import Step
@@ -64,15 +65,21 @@ def command(recipe: str, everything: bool, overwrite: bool, dry_run: bool, out: 
     return done.code
 
 
+def _no_recipe(path: Path) -> MissingFileError:
+    if path.is_dir():
+        return MissingFileError(f"{path}: a folder, not a recipe", "name the YAML file itself")
+    error = no_such_path(path, "file")
+    error.hint = f"{error.hint}; a recipe is a YAML file, - reads standard input"
+    return error
+
+
 def _text(recipe: str) -> str:
     """Return the recipe's text; raises MissingFileError, InputError."""
     if recipe == "-":
         return sys.stdin.read()
     path = Path(recipe)
     if not path.is_file():
-        raise MissingFileError(
-            f"no such file: {recipe}", hint="a recipe is a YAML file; - reads standard input"
-        )
+        raise _no_recipe(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -10,12 +10,12 @@ from loratools._cli.options import (
     ARCH,
     DEVICE,
     DRY_RUN,
-    OUTPUT,
     OVERWRITE,
     PATH,
     Strengths,
     adapters_argument,
     examples,
+    output_option,
     output_options,
 )
 from loratools._cli.output import Output
@@ -31,9 +31,12 @@ from loratools._cli.startup import import_torch
 )
 @click.argument("merged", type=PATH)
 @adapters_argument(required=False)
-@OUTPUT
+@output_option("What to write: a folder if MERGED is one, else a file like it.")
 @click.option(
-    "--base", type=PATH, metavar="BASE", help="The model they were merged into: restores exactly."
+    "--base",
+    type=PATH,
+    metavar="BASE",
+    help="The model that the adapters were merged into: restores exactly.",
 )
 @DEVICE
 @ARCH

@@ -10,6 +10,7 @@ from typing import Any, cast
 import click
 
 from loratools._cli.batch import split_inputs
+from loratools._cli.options import RepositoryParam
 from loratools._cli.output import Output
 from loratools.errors import OptionError
 from loratools.recipes.verbs import Outcome, Parameter, Role, Verb
@@ -71,6 +72,7 @@ def _parameter(param: click.Parameter) -> Parameter:
         flag=flag,
         role=cast(Role, getattr(param.type, "role", "value")),
         adapter=getattr(param.type, "is_adapter", False),
+        repository=isinstance(param.type, RepositoryParam),
         several=param.multiple or param.nargs != 1,
         switch=bool(getattr(param, "is_flag", False)),
         required=param.required,
@@ -92,10 +94,20 @@ def _stated(ask: Callable[[], Any]) -> Any:
     """Return what ``ask`` returns, click's refusals as ours."""
     try:
         return ask()
+    except click.MissingParameter as error:
+        raise OptionError(error.format_message(), _where_it_goes(error.param)) from error
     except click.BadParameter as error:
-        raise OptionError(error.message or error.format_message()) from error
+        hint = getattr(error, "hint", None)
+        raise OptionError(error.message or error.format_message(), hint) from error
     except click.UsageError as error:
         raise OptionError(error.format_message()) from error
+
+
+def _where_it_goes(param: click.Parameter | None) -> str | None:
+    """Return how a recipe says what a command line lacks."""
+    if isinstance(param, click.Option):
+        return f"add `{max(param.opts, key=len).lstrip('-')}: ...` to the step"
+    return "inputs stand behind the command: `merge: [BASE, ADAPTER]`" if param else None
 
 
 def _context(command: click.Command, words: Sequence[str], out: Output | None) -> click.Context:

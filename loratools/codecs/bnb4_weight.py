@@ -21,7 +21,7 @@ class BnB4Weight(PackedWeight):
     Attributes:
         shape: (out, in).
         parts: ``weight`` (⌈n/2⌉, 1) of any dtype (the bytes count); ``absmax`` (⌈n/blocksize⌉,)
-            float32, or uint8 with ``nested_absmax`` and ``nested_quant_map``; ``quant_map`` (16,).
+            in float, or uint8 with ``nested_absmax`` and ``nested_quant_map``; ``quant_map`` (16,).
         blocksize: elements per scale.
         nested: scales per nested scale, or 0.
         nested_offset: the mean that nested scales are measured from.
@@ -44,9 +44,10 @@ class BnB4Weight(PackedWeight):
         """Return the scales of blocks ``first`` to ``last`` in float32."""
         absmax = self.parts["absmax"]
         if not self.nested:
-            return absmax[first:last]
-        table = self.parts["nested_quant_map"]
-        outer = self.parts["nested_absmax"][torch.arange(first, last) // self.nested]
+            return absmax[first:last].to(torch.float32)
+        table = self.parts["nested_quant_map"].to(torch.float32)
+        outer = self.parts["nested_absmax"].to(torch.float32)
+        outer = outer[torch.arange(first, last) // self.nested]
         return table[absmax[first:last].long()] * outer + self.nested_offset
 
     def decode(self, start: int, stop: int) -> Tensor:

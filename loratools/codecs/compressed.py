@@ -22,7 +22,7 @@ class PackQuantizedWeight(PackedWeight):
         shape: (out, in).
         parts: ``weight_packed`` (out, ⌈in·bits/32⌉) int32; ``weight_scale`` (out, groups) or
             (out, 1); optionally ``weight_zero_point`` (⌈out·bits/32⌉, groups) int32, packed along
-            the rows, and ``weight_g_idx`` (in,), the group of every input.
+            the rows, or (1,) int8, and ``weight_g_idx`` (in,), the group of every input.
         bits: 1 to 8.
     """
 
@@ -50,6 +50,9 @@ class PackQuantizedWeight(PackedWeight):
         packed = self.parts.get("weight_zero_point")
         if packed is None:
             return None
+        if packed.dtype == torch.int8:
+            # One zero for the whole tensor is not packed.
+            return packed.to(torch.float32).expand(self.rows, -1)[start:stop]
         zeros = unpack_bits(packed.T, self.bits, self.rows).T[start:stop].to(torch.float32)
         return zeros.sub_(2 ** (self.bits - 1))
 

@@ -48,22 +48,28 @@ class _Float4Weight(PackedWeight):
         return (values * self.scales(start, stop)[..., None]).flatten(1)
 
     def codes(self, start: int, stop: int) -> Tensor:
-        packed = self._bytes()[start:stop]
-        stored = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
-        return _PLACES[stored.long()]
+        return _PLACES[self._stored(start, stop).long()]
 
     def grid(self, start: int, stop: int) -> Grid:
         group = torch.arange(self.columns) // self.block
         return Grid(E2M1[_ORDER.long()], self.scales(start, stop), group, uniform=False)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
-        stored = _ORDER[codes.long()]
+        before = self._stored(start, start + len(codes))
+        # −0 has the code of 0, and stays what it is.
+        same = _PLACES[before.long()] == codes
+        stored = torch.where(same, before, _ORDER[codes.long()])
         packed = stored[:, 0::2] | (stored[:, 1::2] << 4)
         dtype = self.parts[self.codes_part].dtype
         yield Patch(self.codes_part, start * self.columns // 2, packed.view(dtype))
 
+    def _stored(self, start: int, stop: int) -> Tensor:
+        packed = self._bytes()[start:stop]
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+
     def _bytes(self) -> Tensor:
-        return self.parts[self.codes_part].reshape(self.rows, self.columns // 2).view(torch.uint8)
+        # Rows of whole words (MLX), or of bytes.
+        return self.parts[self.codes_part].reshape(self.rows, -1).view(torch.uint8)
 
 
 class MXFP4Weight(_Float4Weight):
@@ -91,7 +97,7 @@ class NVFP4Weight(_Float4Weight):
         shape: (out, in).
         parts: ``weight`` (out, in/2) uint8; ``scale`` (out, in/16) float8_e4m3fn; ``scale_2`` ()
             float32 that the scales are multiplied with, or ``global_scale`` that they are
-            divided by.
+            divided by; neither, where the scales are all there is.
     """
 
     scheme: ClassVar[str] = "nvfp4"
@@ -101,5 +107,9 @@ class NVFP4Weight(_Float4Weight):
     def scales(self, start: int, stop: int) -> Tensor:
         found = self.parts["scale"].reshape(self.rows, -1)[start:stop].to(torch.float32)
         if "global_scale" in self.parts:
-            return found / self.parts["global_scale"].to(torch.float32).reshape(())
+            outer = self.parts["global_scale"].to(torch.float32).reshape(())
+            # An infinite divisor would make every weight 0, and is to be seen: ∞ − ∞ is NaN.
+            return found / outer + (outer - outer)
+        if "scale_2" not in self.parts:
+            return found
         return found * self.parts["scale_2"].to(torch.float32).reshape(())

@@ -5,6 +5,7 @@ Float8 as in arXiv:2209.05433 (E4M3, E5M2); DeepSeek-V3's 128×128 blocks; scale
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from loratools.codecs.grid import Grid
 from loratools.codecs.packed import PackedWeight, Patch
+from loratools.codecs.scale_blocks import ScaleBlocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +26,8 @@ class FP8Weight(PackedWeight):
     Attributes:
         shape: (out, in), or more dimensions.
         parts: ``weight`` (out, in) float8; ``scale`` () or (1,), (out,) or (out, 1), or
-            (⌈out / block⌉, ⌈in / block⌉), in float or as E8M0 exponents (float8_e8m0fnu, uint8).
+            (⌈out / block⌉, ⌈in / block⌉), in float or as E8M0 exponents (float8_e8m0fnu, uint8);
+            none for a tensor that was merely cast; optionally ``zero_point``, shaped as that.
         block: rows and columns that share a scale, or None for one scale per tensor or row.
     """
 
@@ -34,9 +37,23 @@ class FP8Weight(PackedWeight):
     parts: Mapping[str, Tensor]
     block: tuple[int, int] | None = None
 
+    @property
+    def columns(self) -> int:
+        """Size of a row: the whole filter of a convolution."""
+        return math.prod(self.shape[1:]) if len(self.shape) > 3 else self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return math.prod(self.shape) // self.columns
+
     def decode(self, start: int, stop: int) -> Tensor:
         weight = self._matrix()[start:stop].to(torch.float32)
+        if "scale" not in self.parts:
+            return weight
         grid = self.grid(start, stop)
+        if grid.zero is not None:
+            weight -= grid.zero[:, grid.group]
         return weight * grid.scale[:, grid.group]
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -45,29 +62,27 @@ class FP8Weight(PackedWeight):
 
     def grid(self, start: int, stop: int) -> Grid:
         levels = _tables(self.parts["weight"].dtype)[0]
-        scale = scale_values(self.parts["scale"])
-        group = torch.arange(self.columns)
-        if self.block is None:
-            rows = scale.flatten().expand(self.rows)[start:stop, None]
-            return Grid(levels, rows, torch.zeros_like(group), uniform=False)
-        down, across = self.block
-        matrix = scale.reshape(-1, scale.shape[-1])
-        rows = matrix[self._scale_rows(start, stop, down, len(matrix))]
-        return Grid(levels, rows, group // across, uniform=False)
+        if "scale" not in self.parts:
+            ones, none = torch.ones(stop - start, 1), torch.zeros(self.columns, dtype=torch.int64)
+            return Grid(levels, ones, none, uniform=False)
+        blocks = ScaleBlocks.of(self, self.block)
+        scale = blocks.rows(scale_values(self.parts["scale"]), start, stop)
+        zero = self.parts.get("zero_point")
+        if zero is not None:
+            zero = blocks.rows(zero.to(torch.float32), start, stop).expand_as(scale)
+        return Grid(levels, scale, blocks.group(scale), uniform=False, zero=zero)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
-        bytes_ = _tables(self.parts["weight"].dtype)[2][codes.long()]
-        yield Patch("weight", start * self.columns, bytes_.view(self.parts["weight"].dtype))
+        dtype = self.parts["weight"].dtype
+        stop = start + len(codes)
+        # −0 has the code of 0, and stays what it is.
+        same = self.codes(start, stop) == codes
+        stored = self._matrix()[start:stop].view(torch.uint8)
+        found = torch.where(same, stored, _tables(dtype)[2][codes.long()])
+        yield Patch("weight", start * self.columns, found.view(dtype))
 
     def _matrix(self) -> Tensor:
         return self.parts["weight"].reshape(self.rows, self.columns)
-
-    def _scale_rows(self, start: int, stop: int, down: int, count: int) -> Tensor:
-        """Return the row of scales of every row; stacked matrices have their own last block."""
-        height = self.shape[-2]
-        row = torch.arange(start, stop)
-        each = -(-height // down)
-        return ((row // height) * each + row % height // down).clamp_max(count - 1)
 
 
 def scale_values(scale: Tensor) -> Tensor:

@@ -36,6 +36,19 @@ class Grid:
         zero, offset = (None if p is None else p[start:stop] for p in (self.zero, self.offset))
         return replace(self, scale=self.scale[start:stop], zero=zero, offset=offset)
 
+    def in_rows_of(self, columns: int) -> Grid:
+        """Return the grid of the same weights in rows of another length.
+
+        Groups may run over the ends of the new rows, so that every weight gets a scale of its own.
+        """
+        scale, zero, offset = (
+            None if part is None else part[:, self.group].reshape(-1, columns)
+            for part in (self.scale, self.zero, self.offset)
+        )
+        assert scale is not None
+        group = torch.arange(columns, device=self.group.device)
+        return Grid(self.levels, scale, group, self.uniform, zero, offset)
+
     def to(self, device: str | torch.device) -> Grid:
         """Return the grid on a device."""
         zero, offset = (None if p is None else p.to(device) for p in (self.zero, self.offset))

@@ -22,7 +22,7 @@ class Int8Weight(PackedWeight):
 
     Attributes:
         shape: (out, in).
-        parts: ``weight`` (out, in) int8; ``SCB`` (out,) float32, each row's largest magnitude.
+        parts: ``weight`` (out, in) int8; ``SCB`` (out,) in float, each row's largest magnitude.
     """
 
     scheme: ClassVar[str] = "int8"
@@ -31,19 +31,22 @@ class Int8Weight(PackedWeight):
     parts: Mapping[str, Tensor]
 
     def decode(self, start: int, stop: int) -> Tensor:
-        return self.parts["weight"][start:stop] * self.parts["SCB"][start:stop, None] * _STEP
+        return self.parts["weight"][start:stop] * self._scale(start, stop) * _STEP
 
     def codes(self, start: int, stop: int) -> Tensor:
         return (self.parts["weight"][start:stop].to(torch.int16) + 128).to(torch.uint8)
 
     def grid(self, start: int, stop: int) -> Grid:
         levels = torch.arange(-128, 128, dtype=torch.float32)
-        scale = self.parts["SCB"][start:stop, None] * _STEP
+        scale = self._scale(start, stop) * _STEP
         group = torch.zeros(self.columns, dtype=torch.int64)
         return Grid(levels, scale, group, uniform=True)
 
     def patches(self, codes: Tensor, start: int) -> Iterator[Patch]:
         yield Patch("weight", start * self.columns, (codes.to(torch.int16) - 128).to(torch.int8))
+
+    def _scale(self, start: int, stop: int) -> Tensor:
+        return self.parts["SCB"][start:stop, None].to(torch.float32)
 
 
 def quantise_int8(values: Tensor) -> Int8Weight:

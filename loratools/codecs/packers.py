@@ -79,19 +79,26 @@ class Packing(ABC):
 # ── bitsandbytes, 4 bits ──
 
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORAGES: Mapping[str, int] = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+"""Types that bitsandbytes may declare the bytes of its codes as, and their sizes in bytes."""
+
 # Room for the offset of nested scales, which is only known after all rows: 9 digits are a float32.
 _OFFSET_WIDTH = 16
 
 
 @dataclass(frozen=True, slots=True)
 class BnB4Packer(Packer):
-    """NF4 or FP4; ``nested`` stores the scales in 8 bits."""
+    """NF4 or FP4; ``nested`` stores the scales in 8 bits.
+
+    ``storage`` is the type that the codes' bytes are declared as (``bnb_4bit_quant_storage``).
+    """
 
     scheme: ClassVar[str] = "bitsandbytes 4-bit"
 
     kind: str
     nested: bool = False
     blocksize: int = 64
+    storage: str = "U8"
 
     @property
     def two_pass(self) -> bool:  # type: ignore[override]
@@ -100,11 +107,19 @@ class BnB4Packer(Packer):
     def row_step(self, shape: Shape) -> int:
         return self.blocksize // math.gcd(self.blocksize, shape[-1])
 
+    @property
+    def _width(self) -> int:
+        """Bytes of one element of the storage type."""
+        return STORAGES[self.storage]
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) == 2 and -(-math.prod(shape) // 2) % self._width == 0
+
     def parts(self, shape: Shape, dtype: str) -> Mapping[str, Part]:
         count = math.prod(shape)
         scales = -(-count // self.blocksize)
         found = {
-            "weight": Part(".weight", "U8", (-(-count // 2), 1)),
+            "weight": Part(".weight", self.storage, (-(-count // 2) // self._width, 1)),
             "absmax": Part(".weight.absmax", "U8" if self.nested else "F32", (scales,)),
             "quant_map": Part(".weight.quant_map", "F32", (16,)),
         }

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from loratools.codecs.packed import PackedWeight
-from loratools.errors import CorruptFileError
+from loratools.errors import CorruptFileError, UnsupportedError
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+FLOATS8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+EXPONENTS = frozenset({"U8", "F8_E8M0"})
+WHOLE = frozenset({"I8", "U8", "I16", "I32", "I64"})
+
+ORIGINAL = "merge into the 16-bit original of this base"
+"""The next step where a scheme cannot be read."""
 
 
 class Spec(Protocol):
@@ -34,6 +42,7 @@ class Found:
         specs: part → its dtype and shape.
         config: the checkpoint's quantisation config; empty if it has none.
         read: returns a (small) stored tensor by name.
+        metadata: words of the files' headers.
     """
 
     module: str
@@ -41,6 +50,7 @@ class Found:
     specs: Mapping[str, Spec]
     config: Mapping[str, Any]
     read: Callable[[str], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def dtype(self, part: str) -> str:
         """Return a part's dtype word."""
@@ -54,14 +64,70 @@ class Found:
         """Return a part's tensor."""
         return self.read(self.names[part])
 
+    def sizes(self, part: str) -> tuple[int, ...]:
+        """Return the whole numbers that a small part holds."""
+        return tuple(int(size) for size in self.value(part).flatten().tolist())
+
+    def expect(self, scheme: str, part: str, *shapes: tuple[int, ...]) -> None:
+        """Raise CorruptFileError unless a part has one of the shapes."""
+        if self.shape(part) not in shapes:
+            wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+            raise self.fault(
+                scheme, f"{self.ending(part)} has shape {self.shape(part)}, not {wanted}"
+            )
+
+    def expect_rank(self, scheme: str, part: str, *ranks: int) -> None:
+        """Raise CorruptFileError unless a part has one of the numbers of dimensions, none empty."""
+        shape = self.shape(part)
+        if len(shape) not in ranks or 0 in shape:
+            raise self.fault(scheme, f"{self.ending(part)} has shape {shape}")
+
+    def number(
+        self,
+        scheme: str,
+        words: Mapping[str, Any],
+        name: str,
+        *,
+        among: Collection[int] | None = None,
+    ) -> int:
+        """Return a whole number of a config, 0 for a word that is not there or null.
+
+        Raises:
+            CorruptFileError: no whole number.
+            UnsupportedError: one that is not ``among`` those which the scheme knows.
+        """
+        said = words.get(name)
+        if said is None:
+            return 0
+        try:
+            value = int(said)
+        except (TypeError, ValueError, OverflowError):
+            raise self.fault(scheme, f"{name} is {said!r}, not a whole number") from None
+        if among is not None and value not in among:
+            raise self.unknown(scheme, f"with {name} {value}")
+        return value
+
+    def ending(self, part: str) -> str:
+        """Return the stored name of a part behind the module's."""
+        return self.names[part].removeprefix(self.module)
+
     def fault(self, scheme: str, problem: str) -> CorruptFileError:
         """Return the error for parts that do not belong together."""
         return CorruptFileError(
             f"{self.module}: stored as {scheme}, but {problem}", hint="fetch or save the file again"
         )
 
+    def unknown(self, scheme: str, what: str) -> UnsupportedError:
+        """Return the error for a variant of a scheme that cannot be read."""
+        return UnsupportedError(
+            f"{self.module}: stored as {scheme} {what}, which loratools does not know",
+            hint=ORIGINAL,
+        )
+
 
 Build = Callable[[Mapping[str, Tensor]], PackedWeight]
+Understood = tuple[tuple[int, ...], Build, str | None]
+"""The shape of the float weight, what builds it, and the dtype word it was made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +162,22 @@ class Scheme:
         applies: whether a module with that marker is of this kind.
         understand: returns shape, builder and dtype word of a module.
         optional: parts that may be absent.
-        weight: the ending of the float tensor's name.
+        weight: the ending of the float tensor's name, which takes the marker's place; or what
+            makes the name of the module's.
+        methods: words by which ``quant_method`` may call it.
+        dtypes: part → the dtype words that it may have, of parts that are told by nothing else.
     """
 
     name: str
     marker: str
     parts: Mapping[str, tuple[str, ...]]
     applies: Callable[[Found], bool]
-    understand: Callable[[Found], tuple[tuple[int, ...], Build, str | None]]
+    understand: Callable[[Found], Understood]
     optional: frozenset[str] = field(default_factory=frozenset)
-    weight: str = ".weight"
+    weight: str | Callable[[str], str] = ".weight"
+    methods: frozenset[str] = field(default_factory=frozenset)
+    dtypes: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+    def weight_name(self, module: str) -> str:
+        """Return the name of the float tensor that a module stands for."""
+        return module + self.weight if isinstance(self.weight, str) else self.weight(module)

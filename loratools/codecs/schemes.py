@@ -7,13 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
-from loratools.codecs.scheme_records import Found, Packing, Scheme, Spec
+from loratools.codecs.scheme_compressed import check_format, refuse_sparse
+from loratools.codecs.scheme_floats import cast_packing
+from loratools.codecs.scheme_orphans import CODES, refuse_orphans, schemes_of
+from loratools.codecs.scheme_records import (
+    FLOATS,
+    FLOATS8,
+    ORIGINAL,
+    Found,
+    Packing,
+    Scheme,
+    Spec,
+)
 from loratools.codecs.scheme_rows import SCHEMES
-from loratools.errors import UnsupportedError
+from loratools.errors import CorruptFileError, UnsupportedError
 
 
 def find_packed(
-    tensors: Mapping[str, Spec], config: Mapping[str, Any], read: Callable[[str], Tensor]
+    tensors: Mapping[str, Spec],
+    config: Mapping[str, Any],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[Packing, ...]:
     """Return the packed weights among a checkpoint's tensors, in their order.
 
@@ -21,14 +35,22 @@ def find_packed(
         tensors: name → dtype word and shape, of every stored tensor.
         config: ``quantization_config`` of ``config.json``; empty if there is none.
         read: returns a stored tensor; only asked for small ones that describe others.
+        metadata: words of the files' headers.
 
     Raises:
-        CorruptFileError: a part is missing, or shapes disagree.
+        CorruptFileError: a part is missing, or shapes, types or the config disagree.
         UnsupportedError: a scheme that cannot be read, with the reason.
     """
+    config, metadata = _in_own_words(config), metadata or {}
     _refuse_tiles(tensors)
-    found = [packing for name in tensors for packing in _of_tensor(name, tensors, config, read)]
-    _refuse_unknown(tensors, config, found)
+    refuse_sparse(tensors, config)
+    _refuse_unknown_method(tensors, config)
+    found = [p for name in tensors for p in _of_tensor(name, tensors, config, read, metadata)]
+    taken = {name for packing in found for name in packing.names.values()}
+    _refuse_unknown(tensors, taken, config.get("quant_method"))
+    refuse_orphans(tensors, taken, metadata, config.get("quant_method"))
+    if not config:
+        found += _casts(tensors, taken, scaled=_is_scaled(tensors, metadata, found))
     return tuple(found)
 
 
@@ -37,14 +59,17 @@ def _of_tensor(
     tensors: Mapping[str, Spec],
     config: Mapping[str, Any],
     read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
 ) -> Iterator[Packing]:
+    if name.endswith(".weight") and tensors[name].dtype in FLOATS:
+        return
     for scheme in SCHEMES:
         if not name.endswith(scheme.marker):
             continue
         module = name.removesuffix(scheme.marker)
         names = _part_names(scheme, module, tensors)
         specs = {part: tensors[stored] for part, stored in names.items()}
-        found = Found(module, names, specs, config, read)
+        found = Found(module, names, specs, config, read, metadata)
         if scheme.applies(found):
             yield _packing(scheme, found)
             return
@@ -60,13 +85,57 @@ def _part_names(scheme: Scheme, module: str, tensors: Collection[str]) -> dict[s
 
 
 def _packing(scheme: Scheme, found: Found) -> Packing:
+    _check_config(scheme, found)
     needed = [part for part in scheme.parts if part not in scheme.optional]
     missing = [part for part in needed if part not in found.names]
     if missing:
         endings = [" or ".join(scheme.parts[part]) for part in missing]
         raise found.fault(scheme.name, f"there is no {', no '.join(endings)}")
+    for part, words in scheme.dtypes.items():
+        if part in found.names and found.dtype(part) not in words:
+            raise found.fault(scheme.name, f"{found.ending(part)} is {found.dtype(part)}")
     shape, build, dtype = scheme.understand(found)
-    return Packing(scheme.name, found.module + scheme.weight, shape, found.names, build, dtype)
+    return Packing(scheme.name, scheme.weight_name(found.module), shape, found.names, build, dtype)
+
+
+# ── what the config says ──
+
+_METHODS = frozenset(word for scheme in SCHEMES for word in scheme.methods)
+# AutoRound stores what other tools' kernels read, and names the tool.
+_AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
+
+
+def _in_own_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config with ``quant_method`` as the table has it."""
+    method = config.get("quant_method")
+    if method in ("auto-round", "intel/auto-round"):
+        layout = _AUTO_ROUND.get(str(config.get("packing_format")))
+        return {**config, "quant_method": layout or f"{method} {config.get('packing_format')}"}
+    if method is None and "config_groups" in config:
+        return {**config, "quant_method": "compressed-tensors"}
+    return config
+
+
+def _check_config(scheme: Scheme, found: Found) -> None:
+    method = found.config.get("quant_method")
+    if method and method not in scheme.methods:
+        raise found.fault(scheme.name, f"the config says {method}")
+    check_format(found, scheme.name)
+
+
+def _refuse_unknown_method(tensors: Mapping[str, Spec], config: Mapping[str, Any]) -> None:
+    method = config.get("quant_method")
+    if not method or method in _METHODS:
+        return
+    narrow = [name for name, spec in tensors.items() if spec.dtype not in FLOATS]
+    raise UnsupportedError(
+        f"{next(iter([*narrow, *tensors]), 'config.json')}: the base is quantised by {method!r}, "
+        "a scheme that loratools does not know",
+        hint=ORIGINAL,
+    )
+
+
+# ── what is left ──
 
 
 def _refuse_tiles(tensors: Collection[str]) -> None:
@@ -79,26 +148,44 @@ def _refuse_tiles(tensors: Collection[str]) -> None:
             )
 
 
-# Methods whose tensors the table below knows, by the config's word.
-_METHODS = frozenset(
-    {"bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "hqq",
-     "modelopt", "mlx"}
-)  # fmt: skip
-
-
 def _refuse_unknown(
-    tensors: Mapping[str, Spec], config: Mapping[str, Any], found: Collection[Packing]
+    tensors: Mapping[str, Spec], taken: Collection[str], method: str | None
 ) -> None:
-    method = str(config.get("quant_method", "")) if config else ""
-    if method and method not in _METHODS and not found:
-        raise UnsupportedError(
-            f"the base is quantised by {method!r}, a scheme that loratools does not know",
-            hint="merge into the 16-bit original of this base",
-        )
-    taken = {name for packing in found for name in packing.names.values()}
     for name, spec in tensors.items():
-        if name.endswith(("weight_packed", "qweight", ".W_q")) and name not in taken:
+        if name.endswith(CODES) and name not in taken:
             raise UnsupportedError(
-                f"{name}: {spec.dtype} {tuple(spec.shape)} is in no scheme that loratools knows",
-                hint="merge into the 16-bit original of this base",
+                f"{name}: {spec.dtype} {tuple(spec.shape)} is in no scheme that loratools knows; "
+                f"such a name is of {schemes_of(name, method)}",
+                hint=ORIGINAL,
             )
+
+
+_MARKS = ("scaled_fp8", ".scaled_fp8", ".comfy_quant")
+
+
+def _is_scaled(
+    tensors: Collection[str], metadata: Mapping[str, str], found: Collection[Packing]
+) -> bool:
+    """Return whether float8 weights of the file are meant to have scales."""
+    marked = any(name.endswith(_MARKS) for name in tensors)
+    return marked or "_quantization_metadata" in metadata or any(p.scheme == "fp8" for p in found)
+
+
+def _casts(
+    tensors: Mapping[str, Spec], taken: Collection[str], *, scaled: bool
+) -> Iterator[Packing]:
+    """Yield the float8 tensors that were merely cast, where nothing speaks of scales.
+
+    Raises CorruptFileError for a matrix without the scale that others of its file have.
+    """
+    for name, spec in tensors.items():
+        plain = spec.dtype in FLOATS8 and len(spec.shape) > 0 and 0 not in spec.shape
+        if not plain or name in taken or name.endswith(_MARKS):
+            continue
+        if scaled and len(spec.shape) > 1:
+            raise CorruptFileError(
+                f"{name}: stored as fp8, but there is no scale beside it, as others of the file "
+                "have",
+                hint="fetch or save the file again",
+            )
+        yield cast_packing(name, spec)

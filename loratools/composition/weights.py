@@ -54,12 +54,15 @@ def parse_weights(usual: Sequence[float], texts: Sequence[str]) -> Weights:
 
 def _rule(text: str, count: int) -> tuple[re.Pattern[str], tuple[float, ...]]:
     pattern, sign, numbers = text.rpartition("=")
-    try:
-        found = re.compile(pattern), tuple(float(number) for number in numbers.split(","))
-    except (re.error, ValueError) as error:
-        raise OptionError(f"--weights {text!r}: {error}", hint=_WRITE) from error
     if not sign or not pattern:
         raise OptionError(f"--weights {text!r} has no pattern", hint=_WRITE)
+    try:
+        found = re.compile(pattern), tuple(float(number) for number in numbers.split(","))
+    except re.error as error:
+        raise OptionError(f"--weights {text!r}: no pattern: {error}", hint=_WRITE) from error
+    except ValueError as error:
+        fault = f"--weights {text!r}: {numbers!r} is not a list of numbers"
+        raise OptionError(fault, hint=_WRITE) from error
     if len(found[1]) != count:
         raise OptionError(
             f"--weights {text!r}: {len(found[1])} weights for {count} adapters", hint=_WRITE

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from loratools.basemodel import BaseModel, BaseTensor, Pipeline
+from loratools.codecs.scheme_floats import CAST
 from loratools.errors import MatchError, UnsupportedError
 from loratools.keymaps.names import NameIndex
 from loratools.planning.tied_embeddings import find_tie
@@ -97,9 +98,11 @@ def pair_models(base: Opened, tuned: Opened) -> ModelPair:
         )
     pairs: list[TensorPair] = []
     notes: list[str] = []
-    for component, model in ours.items():
+    for model in (*ours.values(), *theirs.values()):
         refuse_quantised(model)
-        refuse_quantised(theirs[component])
+        notes += _cast_notes(model)
+    ours, theirs = ({n: _as_numbers(m) for n, m in found.items()} for found in (ours, theirs))
+    for component, model in ours.items():
         matched = _Matching(component, model, theirs[component])
         matched.refuse_strangers()
         pairs += matched.pairs
@@ -115,8 +118,9 @@ def networks(opened: Opened) -> Mapping[str, BaseModel]:
 def refuse_quantised(model: BaseModel) -> None:
     """Raise UnsupportedError if the checkpoint's stored numbers are not its weights."""
     scheme = model.config_word("quantization_config")
-    if model.packed and model.packed[0].packed and not scheme:
-        raise _quantised(model, f"quantised ({model.packed[0].packed.scheme})")
+    packed = {weight.packed.scheme for weight in model.packed if weight.packed} - {CAST}
+    if packed and not scheme:
+        raise _quantised(model, f"quantised ({min(packed)})")
     if scheme:
         word = scheme.get("quant_method", "unknown") if isinstance(scheme, Mapping) else scheme
         raise _quantised(model, f"quantised ({word})")
@@ -126,6 +130,19 @@ def refuse_quantised(model: BaseModel) -> None:
     for name, tensor in model.tensors.items():
         if tensor.dtype in _PACKED and len(tensor.shape) > 1 and not name.endswith(_BUFFERS):
             raise _quantised(model, f"quantised ({name} is {tensor.dtype})")
+
+
+def _as_numbers(model: BaseModel) -> BaseModel:
+    """Return the model with tensors that were cast to float8 as the plain numbers they are."""
+    return replace(model, packed=())
+
+
+def _cast_notes(model: BaseModel) -> Iterator[str]:
+    if model.packed:
+        yield (
+            f"{model.path}: {len(model.packed)} tensors are float8 without scales, taken at their "
+            "values; what the cast to float8 rounded off is in the difference"
+        )
 
 
 def _quantised(model: BaseModel, what: str) -> UnsupportedError:

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from loratools.errors import OptionError, UnknownFormatError
+from loratools.formats.likeness import looks_like_model
 from loratools.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -29,14 +30,21 @@ class FormatRow:
         title: one line for people.
         module: where ``FORMAT`` is.
         kinds: what the record ``holds``; a test compares the two.
+        models: whose modules its names can say: ``language``, ``image`` (and video), or both.
+            Conversions go between formats that share one.
+        file: the weights' name that the format's tools look for; ``*`` is the file's own.
         writes: whether files are written too.
+        extracts: whether ``extract`` writes it; only where ``writes`` is true.
     """
 
     name: str
     title: str
     module: str
     kinds: tuple[str, ...]
+    models: tuple[str, ...] = ("image",)
+    file: str = "*.safetensors"
     writes: bool = True
+    extracts: bool = True
 
 
 FORMATS: tuple[FormatRow, ...] = (
@@ -45,6 +53,8 @@ FORMATS: tuple[FormatRow, ...] = (
         "PEFT (adapter_config.json and weights)",
         "loratools.formats.peft",
         ("lora", "dora", "moved_base", "expert_lora", "rows", "replacement"),
+        models=("language", "image"),
+        file="adapter_model.safetensors",
     ),
     FormatRow(
         "kohya",
@@ -63,12 +73,16 @@ FORMATS: tuple[FormatRow, ...] = (
         "diffusers (pytorch_lora_weights.safetensors)",
         "loratools.formats.diffusers",
         ("lora", "dora", "replacement"),
+        file="pytorch_lora_weights.safetensors",
     ),
     FormatRow(
         "gguf",
         "GGUF (llama.cpp, Ollama)",
         "loratools.formats.gguf",
         ("lora", "expert_lora"),
+        models=("language",),
+        file="*.gguf",
+        extracts=False,
     ),
     FormatRow(
         "diffusers-old",
@@ -76,21 +90,32 @@ FORMATS: tuple[FormatRow, ...] = (
         "loratools.formats.diffusers_old",
         ("lora",),
         writes=False,
+        extracts=False,
     ),
-    FormatRow("xlabs", "XLabs (FLUX)", "loratools.formats.xlabs", ("lora",), writes=False),
+    FormatRow(
+        "xlabs",
+        "XLabs (FLUX)",
+        "loratools.formats.xlabs",
+        ("lora",),
+        writes=False,
+        extracts=False,
+    ),
     FormatRow(
         "bfl-control",
         "Black Forest Labs' Control LoRA (FLUX)",
         "loratools.formats.bfl_control",
         ("lora", "replacement"),
         writes=False,
+        extracts=False,
     ),
     FormatRow(
         "peft-dump",
         "PEFT state dict without a config, or bare names",
         "loratools.formats.peft_dump",
         ("lora", "dora", "loha", "lokr"),
+        models=("language", "image"),
         writes=False,
+        extracts=False,
     ),
     FormatRow(
         "cloneofsimo",
@@ -98,16 +123,22 @@ FORMATS: tuple[FormatRow, ...] = (
         "loratools.formats.cloneofsimo",
         ("lora",),
         writes=False,
+        extracts=False,
     ),
 )
 
 
 def get_format(name: str) -> Format:
     """Return the format called ``name``; raises OptionError with the nearest name."""
+    loaded: Format = import_module(get_row(name).module).FORMAT
+    return loaded
+
+
+def get_row(name: str) -> FormatRow:
+    """Return the row of the format called ``name``; raises OptionError with the nearest name."""
     for row in FORMATS:
         if row.name == name:
-            loaded: Format = import_module(row.module).FORMAT
-            return loaded
+            return row
     names = [row.name for row in FORMATS]
     raise OptionError(f"unknown format {name!r}", hint=did_you_mean(name, names))
 
@@ -143,6 +174,11 @@ def detect_format(listing: Listing, source: str) -> Format:
             hint="the file is empty: fetch or train the adapter again",
         )
     sample = ", ".join(list(listing.shapes)[:3])
+    if looks_like_model(listing.shapes):
+        raise UnknownFormatError(
+            f"{source}: a model's weights by their names, not an adapter's (such as {sample})",
+            hint="name the adapter's folder or file; `loratools inspect` says what a file is",
+        )
     raise UnknownFormatError(
         f"{source}: not in an adapter format that loratools knows (keys such as {sample})",
         hint="`loratools formats` lists the formats; a PEFT file needs its adapter_config.json "

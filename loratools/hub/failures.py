@@ -10,6 +10,7 @@ from loratools.errors import HubError, InputError, LoratoolsError, UploadError
 
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 _TOKENS = re.compile(r"\b(hf|api_org)_\w{4,}\b|(?i:bearer)\s+\S+")
+_OWNER_AND_NAME = re.compile(r"(?<![\w.-])(?!models/)[\w.-]+/[\w.-]+")
 _LONG = 300
 _UNREACHABLE = frozenset({"TransportError", "OfflineModeIsEnabled"})
 
@@ -77,7 +78,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _server_words(error: BaseException) -> str:
-    words = without_tokens(str(getattr(error, "server_message", None) or "")).strip()
+    words = " ".join(without_tokens(str(getattr(error, "server_message", None) or "")).split())
     return f" ({words[:_LONG]})" if words else ""
 
 
@@ -87,7 +88,8 @@ def _endpoint() -> str:
     return str(constants.ENDPOINT)
 
 
-def _has_token() -> bool:
+def has_token() -> bool:
+    """Return whether this process has an access token, of whatever worth."""
     from huggingface_hub import get_token
 
     return get_token() is not None
@@ -96,21 +98,27 @@ def _has_token() -> bool:
 def _missing(subject: str) -> tuple[str, str]:
     message = f"{subject}: no such repository on {_endpoint()}, or a private one"
     hint = "check the name (OWNER/NAME)"
-    if _has_token():
+    if has_token():
         return message, f"{hint}; if it is private, the token in use has no access to it"
     return message, f"{hint}; if it is private, {LOG_IN}"
 
 
 def _gated(subject: str) -> tuple[str, str]:
-    first = "" if _has_token() else f", then {LOG_IN}"
+    first = "" if has_token() else f", then {LOG_IN}"
     return (
         f"{subject}: a gated repository, which its owner opens to those who accept its conditions",
-        f"accept them on its page at {_endpoint()}{first}",
+        f"ask for access on {_page(subject)}{first}",
     )
 
 
 def _disabled(subject: str) -> tuple[str, str]:
-    return f"{subject}: access is disabled by the Hub", f"see its page at {_endpoint()}"
+    return f"{subject}: access is disabled by the Hub", f"see {_page(subject)}"
+
+
+def _page(subject: str) -> str:
+    """Return the address of a repository's page; ``subject`` is its name or a reference to it."""
+    name = _OWNER_AND_NAME.search(subject)
+    return f"{_endpoint()}/{name[0]}" if name else f"its page at {_endpoint()}"
 
 
 def _no_revision(subject: str) -> tuple[str, str]:
@@ -145,7 +153,7 @@ def _bad_name(subject: str) -> tuple[str, str]:
 def _unreachable(subject: str) -> tuple[str, str]:
     return (
         f"{subject}: no answer from {_endpoint()}",
-        "check the network, proxies and HF_ENDPOINT, and try again; whole files are kept",
+        "check the network, proxies and HF_ENDPOINT, and try again; what has come is kept",
     )
 
 
@@ -163,7 +171,7 @@ _BY_NAME: tuple[tuple[str, Callable[[str], tuple[str, str | None]]], ...] = (
 """Class of the Hub's library → message and hint; the order is that of the search."""
 
 _STATUS = {
-    401: ("refused the access token", f"it may have expired: {LOG_IN} again"),
+    401: ("refused the access token", f"it may have expired: log in again, that is, {LOG_IN}"),
     403: (
         "does not allow this",
         "use a token that may write here; without one, --create-pr proposes a change",

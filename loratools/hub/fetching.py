@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from loratools.errors import CorruptFileError
+from loratools.errors import CorruptFileError, HubError
 from loratools.hub.choosing import (
     Choice,
     choose_adapter,
@@ -19,6 +19,10 @@ from loratools.hub.client import persistently, progress_bars
 from loratools.hub.failures import hub_errors
 from loratools.hub.listing import Listing, list_files
 from loratools.hub.references import Reference
+from loratools.hub.resuming import cached, fetch_to_cache, fetch_to_folder
+
+BLOBS = ".loratools-blobs"
+"""Where large files are kept by their hashes, in a folder that files are fetched to."""
 
 _GLOB = str.maketrans({"[": "[[]", "?": "[?]", "*": "[*]"})
 
@@ -54,6 +58,17 @@ def fetch_side_files(reference: Reference) -> Path:
     return fetch_choice(listing, Choice(reference.path, names, ()))
 
 
+def fetch_file(reference: Reference) -> Path:
+    """Return where the one file that a reference names is in the cache; see above."""
+    listing = list_files(reference)
+    if not listing.is_file:
+        raise HubError(
+            f"{reference.text}: a repository or folder, where one file is wanted",
+            hint=f"name a file in it: {reference.inside(listing.below[0])}",
+        )
+    return fetch_choice(listing, Choice(reference.path, (reference.path,), ()))
+
+
 def fetch_choice(listing: Listing, choice: Choice) -> Path:
     """Fetch what was chosen; returns the place of its root in the cache."""
     root = fetch_files(listing, choice.files)
@@ -75,41 +90,59 @@ def complete(listing: Listing, choice: Choice) -> Choice:
     return with_shards(choice, shards)
 
 
-def fetch_files(listing: Listing, names: Iterable[str], into: Path | None = None) -> Path:
+def fetch_files(listing: Listing, names: Iterable[str]) -> Path:
     """Fetch files of a repository into the cache; returns the folder that stands for it.
 
-    With ``into``, they are fetched there, past the cache.
-
-    Files that are there are not fetched again; a connection that breaks is taken up where it broke.
+    Files that are there are not fetched again; a connection that breaks is taken up where it
+    broke, and so is a large file of a run that was killed.
 
     Raises:
         HubError: the Hub does not give them, or they are in the cache neither.
     """
+    names = tuple(names)
+    with hub_errors(listing.reference.text), progress_bars():
+        if listing.commit is not None:
+            fetch_to_cache(listing, names)
+        return _snapshot(listing, names)
+
+
+def fetch_past_cache(listing: Listing, names: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Fetch files into ``folder``, but what the cache has; returns where each of them is.
+
+    Raises:
+        HubError: the Hub does not give them.
+    """
+    names = tuple(names)
+    with hub_errors(listing.reference.text), progress_bars():
+        found = fetch_to_folder(listing, names, folder / BLOBS)
+        rest = [name for name in names if name not in found]
+        if rest:
+            _snapshot(listing, rest, folder)
+    return found | {name: folder / name for name in rest}
+
+
+def _snapshot(listing: Listing, names: Iterable[str], folder: Path | None = None) -> Path:
+    """Let the Hub's library fetch files, into the cache or a folder."""
     from huggingface_hub import snapshot_download
 
     reference = listing.reference
     patterns = [name.translate(_GLOB) for name in names]
-    with hub_errors(reference.text), progress_bars():
-        return Path(
-            persistently(
-                lambda: snapshot_download(
-                    reference.repo,
-                    revision=reference.revision,
-                    allow_patterns=patterns,
-                    local_files_only=listing.commit is None,
-                    local_dir=into,
-                )
+    return Path(
+        persistently(
+            lambda: snapshot_download(
+                reference.repo,
+                revision=reference.revision,
+                allow_patterns=patterns,
+                local_files_only=listing.commit is None,
+                local_dir=folder,
             )
         )
+    )
 
 
 def is_cached(listing: Listing, names: Iterable[str]) -> bool:
     """Return whether files of a listing are in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repo, commit = listing.reference.repo, listing.commit
-    found = (try_to_load_from_cache(repo, name, revision=commit) for name in names)
-    return all(isinstance(place, str) for place in found)
+    return all(cached(listing, name) for name in names)
 
 
 def _shards(root: Path, index: str) -> list[str]:

@@ -31,11 +31,13 @@ class Listing:
         reference: what was asked for.
         files: path in the repository → size in bytes, of the whole repository.
         commit: the commit that the revision means now, or ``None`` where the cache answered.
+        cached: then the commit that the cache has.
     """
 
     reference: Reference
     files: Mapping[str, int]
     commit: str | None
+    cached: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -119,7 +121,7 @@ def _look_in_cache(reference: Reference, error: Exception) -> Listing:
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name not in _OF_THE_REPOSITORY
     }
-    return Listing(reference, files, None)
+    return Listing(reference, files, None, root.name)
 
 
 def _no_such_path(listing: Listing) -> HubError:

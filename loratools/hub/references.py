@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from loratools.errors import HubError
+from loratools.tensorfiles.missing import address_hint, shown
 
 SCHEME = "hf://"
 GRAMMAR = "hf://ID[@REVISION][/PATH], where ID is OWNER/NAME"
 
+_REPOSITORY = re.compile(r"[^/\s:]+/[^/\s:@]+(?:@[^/]+)?(?:/.*)?")
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\][^/\\]+(?P<path>.*)", re.DOTALL)
 """The place of a repository's files in the cache of the Hub's library."""
 
@@ -34,7 +36,7 @@ class Reference:
 
     def inside(self, path: str) -> str:
         """Return the reference to another path of the same repository and revision."""
-        revision = f"@{self.revision}" if self.revision else ""
+        revision = f"@{self.revision.replace('/', '%2F')}" if self.revision else ""
         return f"{SCHEME}{self.repo}{revision}" + (f"/{path}" if path else "")
 
 
@@ -66,7 +68,24 @@ def parse_reference(text: str) -> Reference:
 
 def parse_repository(text: str) -> Reference:
     """Take ``OWNER/NAME`` or a reference, with or without ``hf://``; raises HubError."""
-    return parse_reference(text if is_reference(text) else SCHEME + text)
+    if is_reference(text):
+        return parse_reference(text)
+    if not _REPOSITORY.fullmatch(text):
+        hint = address_hint(text) or f"write OWNER/NAME, or {GRAMMAR}"
+        raise HubError(f"{shown(text)}: not a name of a repository", hint)
+    return parse_reference(SCHEME + text)
+
+
+def reference_at(text: str, revision: str | None) -> str:
+    """Return ``OWNER/NAME`` or a reference as a reference, at a revision if that is named.
+
+    What is no name of a repository is returned with the scheme, for whoever parses it to refuse.
+    """
+    try:
+        found = parse_repository(text)
+    except HubError:
+        return text if is_reference(text) else SCHEME + text
+    return replace(found, revision=revision or found.revision).inside(found.path)
 
 
 def repository_of(path: str | os.PathLike[str]) -> str | None:

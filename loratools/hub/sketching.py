@@ -76,12 +76,10 @@ def _sketch(listing: Listing, choice: Choice, stack: ExitStack) -> Path:
         elif not _sketch_file(remote_file(listing, name), target):
             return fetch_choice(listing, choice)
     told = [name for name in choice.files if PurePosixPath(name).name in _READ]
-    _copy(fetch_files(listing, told), root, [*told, *_indexes(choice)])
+    told += [name for name in choice.files if name.endswith(INDEX_SUFFIX)]
+    if told:
+        _copy(fetch_files(listing, told), root, told)
     return root / choice.root if choice.root else root
-
-
-def _indexes(choice: Choice) -> list[str]:
-    return [name for name in choice.files if name.endswith(INDEX_SUFFIX)]
 
 
 def _copy(source: Path, root: Path, names: list[str]) -> None:

@@ -11,10 +11,16 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from loratools.errors import LoratoolsError
-from loratools.hub.fetching import fetch_adapter, fetch_anything, fetch_model, fetch_side_files
+from loratools.hub.fetching import (
+    fetch_adapter,
+    fetch_anything,
+    fetch_file,
+    fetch_model,
+    fetch_side_files,
+)
 from loratools.hub.references import is_reference, parse_reference
 from loratools.hub.sketching import sketch_anything, sketch_model
-from loratools.report import Json, Report
+from loratools.report import Json, Note, Report
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -23,12 +29,16 @@ _FETCHERS = {
     "adapter": fetch_adapter,
     "model": fetch_model,
     "side": fetch_side_files,
+    "file": fetch_file,
     "whole": fetch_anything,
 }
 _SKETCHERS = {"names": sketch_model, "anything": sketch_anything}
 
 _VALUES_WANTED = ("spectrum", "alignment", "plot")
 """Arguments for which headers do not do."""
+
+
+_ONLY_HEADERS = "only headers were fetched: what the weights themselves would tell is not looked at"
 
 
 def takes_references(
@@ -41,8 +51,9 @@ def takes_references(
 
     Args:
         places: parameter → what is read from there: ``adapter``, ``model`` (a model or pipeline),
-            ``names`` (of a model's tensors), ``side`` (a model's config and
-            tokenizer), ``anything`` (to be described) or ``whole`` (the same, with its values).
+            ``planned`` (a model whose names and types are enough for a dry run), ``names`` (of a
+            model's tensors), ``side`` (a model's config and tokenizer), ``file``, ``anything`` (to
+            be described) or ``whole`` (the same, with its values).
     """
 
     def decorate(function: Callable[Params, Result]) -> Callable[Params, Result]:
@@ -55,7 +66,8 @@ def takes_references(
             if not any(_mentions(given.get(name)) for name in places):
                 return function(*args, **kwargs)
             with ExitStack() as stack:
-                takes = _Taking(stack, any(given.get(word) for word in _VALUES_WANTED))
+                whole = any(given.get(word) for word in _VALUES_WANTED)
+                takes = _Taking(stack, whole, planning=bool(given.get("dry_run")))
                 for name in (name for name in places if name in given):
                     given[name] = takes.local(given[name], places[name])
                 try:
@@ -82,9 +94,11 @@ def _mentions(value: Any) -> bool:
 class _Taking:
     """One call's references and what they became."""
 
-    def __init__(self, stack: ExitStack, whole: bool) -> None:
+    def __init__(self, stack: ExitStack, whole: bool, *, planning: bool) -> None:
         self._stack = stack
         self._whole = whole
+        self._planning = planning
+        self._sketched: list[str] = []
         self._names: dict[str, str] = {}
 
     def local(self, value: Any, place: str) -> Any:
@@ -95,6 +109,9 @@ class _Taking:
             return value
         reference = parse_reference(str(value))
         place = "adapter" if place == "anything" and self._whole else place
+        if place == "planned":
+            place = "names" if self._planning else "model"
+            self._sketched += [reference.text] if self._planning else []
         if place in _FETCHERS:
             path = _FETCHERS[place](reference)
         else:
@@ -114,6 +131,9 @@ class _Taking:
             return type(value)(self.renamed(item) for item in value)
         return value
 
+    def _renamed_words(self, note: Note) -> dict[str, Any]:
+        return {word: self.renamed(getattr(note, word)) for word in ("message", "subject")}
+
     def reported(self, found: Any) -> Any:
         """Return a function's result with the references in its reports."""
         if isinstance(found, tuple):
@@ -125,12 +145,8 @@ class _Taking:
             inputs=self.renamed(found.inputs),
             facts=self.renamed(found.facts),
             items=self.renamed(found.items),
-            notes=tuple(
-                replace(
-                    note,
-                    message=self.renamed(note.message),
-                    subject=self.renamed(note.subject),
-                )
-                for note in found.notes
+            notes=(
+                *(replace(note, **self._renamed_words(note)) for note in found.notes),
+                *(Note(_ONLY_HEADERS, subject=text) for text in self._sketched),
             ),
         )

@@ -17,8 +17,10 @@ from loratools.errors import (
 )
 from loratools.keymaps.gguf_config import BaseConfig, config_from_gguf, flat_config
 from loratools.suggest import did_you_mean
+from loratools.tensorfiles.file_names import ADAPTER_CONFIG, TORCH_SUFFIXES
 from loratools.tensorfiles.gguf_split import open_gguf
 from loratools.tensorfiles.header import read_header
+from loratools.tensorfiles.missing import no_such_path
 from loratools.tensorfiles.sharded import read_index
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ CONFIG_WORD = "loratools.base_config"
 """Metadata key under which converted adapters keep what the way back needs of the base's config."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_LANGUAGE_MODEL = "give the base language model's folder, its config.json, or its GGUF file"
 
 _TIED_BY_DEFAULT = ("Gemma", "GPT2", "Bloom", "Falcon", "MPT", "GPTBigCode", "Cohere", "RW")
 
@@ -119,11 +123,14 @@ def open_gguf_base(path: Path) -> GGUFBase:
     if path.is_dir():
         return _open_folder(path)
     if not path.is_file():
-        raise MissingFileError(
-            f"no such file or folder: {path}", hint="check the path; relative paths start here"
-        )
+        raise no_such_path(path)
     if path.suffix == ".json":
         return base_from_config(_read_config(path), str(path))
+    if path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        # The weights tell neither heads nor rotary scaling; the config beside them does.
+        if not (path.parent / "config.json").is_file():
+            raise MissingFileError(f"{path}: no config.json beside it", hint=_LANGUAGE_MODEL)
+        return _open_folder(path.parent)
     return _open_model(path)
 
 
@@ -137,9 +144,13 @@ def base_from_config(
     from loratools.keymaps.gguf_models import MODELS
 
     models = tuple(model for model in MODELS if name in model.classes)
+    if not name:
+        raise UnknownArchitectureError(
+            f"{source}: the config names no class of model (architectures)", hint=_LANGUAGE_MODEL
+        )
     if not models:
         raise UnknownArchitectureError(
-            f"{source}: no GGUF architecture is known for models of class {name or 'unstated'}",
+            f"{source}: no GGUF architecture is known for models of class {name}",
             hint=did_you_mean(name, [known for model in MODELS for known in model.classes]),
         )
     return GGUFBase(source, models, BaseConfig(fields, source), parameters=parameters)
@@ -190,10 +201,9 @@ def _open_folder(path: Path) -> GGUFBase:
     models = sorted(path.glob("*.gguf"))
     if len(models) == 1:
         return _open_model(models[0])
-    raise MissingFileError(
-        f"{path}: no config.json in this folder",
-        hint="give the base model's folder, its config.json, or its GGUF file",
-    )
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UnsupportedError(f"{path}: an adapter, not a base model", hint=_LANGUAGE_MODEL)
+    raise MissingFileError(f"{path}: no config.json in this folder", hint=_LANGUAGE_MODEL)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

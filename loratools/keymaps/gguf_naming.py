@@ -55,7 +55,9 @@ def renamed_gguf(
         raise UnsupportedError(
             "GGUF adapters are for language models, and this adapter's names are those of an "
             f"image model ({adapter.naming})",
-            hint="convert it to another format; `loratools formats` lists them",
+            hint="give the base that it was trained on"
+            if for_merge
+            else "convert it to another format; `loratools formats` lists them",
         )
     found = base or _own_base(adapter)
     if found is None:

@@ -6,7 +6,7 @@ from loratools.adapter import Adapter
 from loratools.basemodel import BaseModel
 from loratools.errors import MatchError, UnknownArchitectureError
 from loratools.keymaps.architecture import Architecture
-from loratools.keymaps.detection import told_architectures
+from loratools.keymaps.detection import possible_architectures, told_architectures
 from loratools.keymaps.gguf_base import open_gguf_base
 from loratools.keymaps.gguf_naming import renamed_gguf
 from loratools.keymaps.names import NameIndex
@@ -46,8 +46,25 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
     if arch:
         architecture = find_architecture(arch)
     else:
-        architecture = common_architecture(adapter, base, detect_base(shapes))
+        architecture = common_architecture(adapter, base, _architecture_of(base, adapter))
     return translate(adapter, architecture, "checkpoint", shapes=shapes)
+
+
+def _architecture_of(base: BaseModel, adapter: Adapter) -> Architecture:
+    """Return the base's architecture.
+
+    Raises MatchError, naming the adapter's, where the base's names tell none.
+    """
+    try:
+        return detect_base({name: tensor.shape for name, tensor in base.tensors.items()})
+    except UnknownArchitectureError as error:
+        ours = told_architectures(adapter.metadata) or possible_architectures(adapter)
+        if not ours:
+            raise
+        raise MatchError(
+            f"the adapter is for {ours[0].title}, and {base.path} does not look it: {error.message}",
+            hint=f"give the base that it was trained on, or say --arch {ours[0].id} if this is one",
+        ) from error
 
 
 def common_architecture(adapter: Adapter, base: BaseModel, theirs: Architecture) -> Architecture:

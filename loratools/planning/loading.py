@@ -44,7 +44,7 @@ def load_adapters(
     single = isinstance(adapters, (str, os.PathLike)) or _is_pair(adapters)
     given = [adapters] if single else adapters  # type: ignore[assignment, list-item]
     if not given and not allow_none:
-        raise OptionError("no adapter given", hint="name at least one adapter after the base")
+        raise OptionError("no adapter given", hint="name at least one adapter after the model")
     loaded = []
     for item in given:
         path, strength = item if isinstance(item, tuple) else (item, 1.0)

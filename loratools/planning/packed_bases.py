@@ -12,6 +12,8 @@ from typing import Any
 from loratools.basemodel import BaseModel, BaseTensor
 from loratools.basetensors import as_stored, quantisation_fields, quantisation_words
 from loratools.codecs.rounding import STRENGTH
+from loratools.codecs.scheme_floats import CAST
+from loratools.codecs.scheme_torchao import header_words
 from loratools.deltas import ExpertLoRA, LoRA
 from loratools.errors import OptionError, UnsupportedError
 from loratools.planning.placement import Placement
@@ -156,10 +158,7 @@ def dequantised_config(base: BaseModel, works: Mapping[str, TensorWork]) -> dict
 
 def without_marks(base: BaseModel) -> tuple[BaseModel, frozenset[str]]:
     """Return the base without what tells readers that it is quantised, and tensors to drop."""
-    shards = tuple(
-        replace(shard, metadata={k: v for k, v in shard.metadata.items() if k != _HEADER_MARK})
-        for shard in base.shards
-    )
+    shards = tuple(replace(shard, metadata=_plain_words(shard.metadata)) for shard in base.shards)
     gone = {path for path in base.side_files if path.name in _SIDE_FILES}
     side = tuple(path for path in base.side_files if path not in gone)
     left = (*base.left_out, *sorted(gone, key=Path.as_posix))
@@ -167,7 +166,14 @@ def without_marks(base: BaseModel) -> tuple[BaseModel, frozenset[str]]:
     return replace(base, shards=shards, side_files=side, left_out=left), marks
 
 
+def _plain_words(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return a header's words but for those that describe quantised tensors."""
+    gone = {_HEADER_MARK, *header_words(metadata)}
+    return {key: word for key, word in metadata.items() if key not in gone}
+
+
 _REASON = ": what the adapter was trained on (--quant keep codes the sum in the base's scheme)"
+_CAST_REASON = ": float8 is too coarse for most changes (--quant keep casts the sum back)"
 
 
 def packed_notes(
@@ -178,10 +184,11 @@ def packed_notes(
         return
     if quant == DEQUANTIZE:
         words = sorted({works[w.name].dtype for w in base.packed if w.name in works})
-        reason = "" if asked else _REASON
+        reason = "" if asked else _CAST_REASON if schemes(base) == CAST else _REASON
         yield Note(
             f"the base is {schemes(base)}: its {len(base.packed)} weights are written "
             f"dequantised, in {', '.join(words)}{reason}"
         )
     else:
-        yield Note(f"touched weights are coded again as {schemes(base)}, their scales as they are")
+        scales = "" if schemes(base) == CAST else ", their scales as they are"
+        yield Note(f"touched weights are coded again as {schemes(base)}{scales}")

@@ -3,163 +3,198 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from loratools.basemodel import BaseModel, BaseTensor
-from loratools.codecs.packers import BnB4Packer, FP8Packer, Int8Packer, MLXPacker, Packer
+from loratools.codecs.packers import BnB4Packer, Int8Packer, Packer
 from loratools.errors import InputError, UnsupportedError
-from loratools.keymaps.transformers_rows import CONV1D_TYPES
+from loratools.keymaps.linear_layers import LinearLayers
+from loratools.planning.pack_targets import PACKED_TARGETS, Target
+from loratools.planning.tied_embeddings import find_tie
 from loratools.report import Note
 from loratools.streaming.blocks import TensorWork
-from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint
+from loratools.streaming.checkpoint import (
+    CONFIG_DTYPES,
+    Checkpoint,
+    output_dtype,
+    plan_checkpoint,
+)
+from loratools.streaming.derived import rounded, turned
 from loratools.streaming.layouts import FileWork
 from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS
 
-Config = Callable[[list[str], str], dict[str, Any]]
-"""(modules left as they are, float type's name) → fields of ``config.json``."""
+__all__ = ["PACKED_TARGETS", "Packed", "pack_works", "plan_packing"]
 
-_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.(weight|\w+\.weight)$")
+_EXPERT = re.compile(r"(\w+\.experts)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """One word of ``--to`` that is no GGUF type.
+class Packed:
+    """The layers of a checkpoint that are to be packed.
 
     Attributes:
-        packer: the scheme.
-        config: what ``config.json`` then says.
-        tables: whether the tool quantises embeddings and heads too.
-        metadata: the ``format`` that the files state.
+        works: the weight's name → the work that packs it.
+        config: fields of ``config.json``.
+        notes: decisions to report.
     """
 
-    packer: Packer
-    config: Config
-    tables: bool = False
-    metadata: str = "pt"
+    works: Mapping[str, TensorWork]
+    config: Mapping[str, Any]
+    notes: tuple[Note, ...]
 
 
-def _bitsandbytes(packer: Packer) -> Config:
-    def config(left: list[str], dtype: str) -> dict[str, Any]:
-        four = packer if isinstance(packer, BnB4Packer) else None
-        words = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": four is not None,
-            "load_in_8bit": four is None,
-            "_load_in_4bit": four is not None,
-            "_load_in_8bit": four is None,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": left or None,
-            "llm_int8_threshold": 6.0,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": four.kind if four else "fp4",
-            "bnb_4bit_use_double_quant": four.nested if four else False,
-        }
-        return {"quantization_config": words}
-
-    return config
+def plan_packing(
+    base: BaseModel,
+    target: Target,
+    title: str,
+    *,
+    dtype: str = "keep",
+    only: Collection[str] | None = None,
+) -> tuple[Checkpoint, tuple[Note, ...]]:
+    """Plan the linear layers of a checkpoint in a packed scheme; see ``pack_works``."""
+    packed = pack_works(base, target, title, dtype=dtype, only=only)
+    shards = tuple(replace(shard, metadata={"format": target.metadata}) for shard in base.shards)
+    whole = replace(base, shards=shards)
+    checkpoint = plan_checkpoint(whole, packed.works, config=packed.config, dtype=dtype)
+    files = tuple(_aligned(file) for file in checkpoint.files)
+    return replace(checkpoint, files=files), packed.notes
 
 
-def _fp8(left: list[str], dtype: str) -> dict[str, Any]:
-    words = {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128], "modules_to_not_convert": left or None,
-    }  # fmt: skip
-    return {"quantization_config": words}
+def pack_works(
+    base: BaseModel,
+    target: Target,
+    title: str,
+    *,
+    dtype: str = "keep",
+    only: Collection[str] | None = None,
+) -> Packed:
+    """Choose the layers of a checkpoint that a scheme packs, as its own tool does.
 
-
-def _mlx(packer: MLXPacker) -> Config:
-    words = {"group_size": packer.group, "bits": packer.bits}
-    return lambda left, dtype: {"quantization": words, "quantization_config": words}
-
-
-_BNB = {
-    "nf4": BnB4Packer("nf4"), "nf4-double": BnB4Packer("nf4", nested=True),
-    "fp4": BnB4Packer("fp4"), "fp4-double": BnB4Packer("fp4", nested=True), "int8": Int8Packer(),
-}  # fmt: skip
-_MLX = {f"mlx-{bits}": MLXPacker(bits) for bits in (2, 3, 4, 5, 6, 8)}
-
-PACKED_TARGETS: Mapping[str, Target] = MappingProxyType(
-    {
-        **{name: Target(packer, _bitsandbytes(packer)) for name, packer in _BNB.items()},
-        "fp8": Target(FP8Packer(), _fp8),
-        **{name: Target(packer, _mlx(packer), True, "mlx") for name, packer in _MLX.items()},
-    }
-)
-"""The words of ``--to`` for checkpoints: bitsandbytes, DeepSeek's FP8 blocks, MLX."""
-
-# Matrices that are no linear layer's: tables, whose rows are looked up.
-_TABLES = re.compile(
-    r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias|position_bias|codebook)\.", re.IGNORECASE
-)
-# Linear layers that the tools leave: heads, and what decides among experts.
-_LEFT = re.compile(r"(^|\.)(lm_head|embed_out|output|score|classifier|qa_outputs)\.weight$")
-_ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.(weight|\w+\.weight)$")
-_EXPERTS = re.compile(r"\.experts\.")
-
-
-def plan_packing(base: BaseModel, word: str) -> tuple[Checkpoint, tuple[Note, ...]]:
-    """Plan the linear layers of a checkpoint in a packed scheme.
+    Args:
+        base: of plain numbers.
+        target: the scheme.
+        title: what notes call it.
+        dtype: ``keep``, or the word of the float type that weights are rounded to before.
+        only: the weights to pack; by default all that the tool would.
 
     Raises:
         UnsupportedError: a base that is quantised already, GGUF, or whose layers lie turned over.
         InputError: no linear layer that the scheme could hold.
     """
-    _refuse(base)
-    target = PACKED_TARGETS[word]
-    packer = target.packer
-    chosen = {t.name: t for t in base.tensors.values() if _is_taken(t, target)}
+    layers = linear_layers(base)
+    _refuse(base, target, layers)
+    choose = _Chooser(target, layers, only)
+    chosen = {t.name: p for t in base.tensors.values() if (p := choose.packer(t))}
     if not chosen:
         raise InputError(
-            f"{base.path}: no matrix that {packer.scheme} could hold", hint="is this a model?"
+            f"{base.path}: no matrix that {target.packer.scheme} could hold",
+            hint="is this a model whose layers transformers would quantise?",
         )
     works = {
-        name: TensorWork(name, packer.scheme, tensor.shape, tensor, packer=packer)
-        for name, tensor in chosen.items()
+        name: _work(base.tensors[name], packer, layers, dtype) for name, packer in chosen.items()
     }
-    left = [t.name for t in base.tensors.values() if t.name not in chosen and _is_linear(t)]
-    modules = sorted({name.removesuffix(".weight") for name in left})
-    config = target.config(modules, _NAMES[base.main_dtype])
-    shards = tuple(replace(shard, metadata={"format": target.metadata}) for shard in base.shards)
-    checkpoint = plan_checkpoint(replace(base, shards=shards), works, config=config)
-    notes = [Note(f"{len(works)} matrices are coded as {packer.scheme} ({word})")]
-    if modules:
-        shown = ", ".join(modules[:4]) + (f" and {len(modules) - 4} more" if modules[4:] else "")
+    left = _left(base, chosen, layers)
+    words = target.config(_skipped(base, left, layers), _float_name(base, dtype))
+    notes = [Note(f"{len(works)} matrices are coded as {target.packer.scheme} ({title})")]
+    if left:
+        shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if left[4:] else "")
         notes.append(Note(f"left as they are: {shown}"))
-    return replace(checkpoint, files=tuple(_aligned(file) for file in checkpoint.files)), (*notes,)
+    return Packed(works, words, tuple(notes))
 
 
-def _refuse(base: BaseModel) -> None:
+def linear_layers(base: BaseModel) -> LinearLayers:
+    """Return the rules by which a base's linear layers are told."""
+    types = [str(kind) for kind in base.config_words("model_type")]
+    return LinearLayers(types, base.tensors)
+
+
+def coded_layers(base: BaseModel, skip: Collection[str] | None) -> frozenset[str]:
+    """Return the weights that transformers would quantise, told to skip these modules."""
+    layers = linear_layers(base)
+    matrices = (t for t in base.tensors.values() if len(t.shape) == 2)
+    return frozenset(t.name for t in matrices if layers.is_coded(t.name, skip))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chooser:
+    """Which scheme each tensor gets, if any."""
+
+    target: Target
+    layers: LinearLayers
+    only: Collection[str] | None
+
+    def packer(self, tensor: BaseTensor) -> Packer | None:
+        """Return the tensor's scheme, or None for one that stays."""
+        target, name = self.target, tensor.name
+        packer = target.own.get(name.removesuffix(".weight"), target.packer)
+        shape = tensor.shape[::-1] if self.layers.is_turned(name) else tensor.shape
+        if tensor.dtype not in CONFIG_DTYPES or packer is None or not packer.fits(shape):
+            return None
+        return packer if self._is_taken(name) else None
+
+    def _is_taken(self, name: str) -> bool:
+        if self.only is not None:
+            return name in self.only
+        if self.target.tables:
+            whole = name.endswith(".weight") and "norm" not in name
+            return whole and not _ROUTERS.search(name)
+        return self.layers.is_coded(name, self.target.skip, experts=self.target.experts)
+
+
+def _work(tensor: BaseTensor, packer: Packer, layers: LinearLayers, dtype: str) -> TensorWork:
+    word = output_dtype("F32" if tensor.dtype == "F64" else tensor.dtype, dtype)
+    source = tensor if word == tensor.dtype else rounded(tensor, word)
+    if layers.is_turned(tensor.name):
+        source = turned(source)
+    return TensorWork(tensor.name, packer.scheme, source.shape, source, packer=packer)
+
+
+def _left(base: BaseModel, chosen: Collection[str], layers: LinearLayers) -> list[str]:
+    """Return the modules that stay as they are."""
+    stay = (
+        tensor.name.removesuffix(".weight")
+        for tensor in base.tensors.values()
+        if tensor.name not in chosen and _is_matrix(tensor) and layers.is_linear(tensor.name)
+    )
+    # All experts by one word: there may be thousands.
+    return sorted({match[1] if (match := _EXPERT.search(name)) else name for name in stay})
+
+
+def _skipped(base: BaseModel, left: Collection[str], layers: LinearLayers) -> list[str]:
+    """Return the words by which a loader knows what stays, heads also by their names in memory."""
+    heads = {name for name in left if layers.is_head(name)}
+    tie = find_tie(base)
+    if tie and tie.tied and not tie.stored:
+        heads.add(tie.head.removesuffix(".weight"))
+    # Whatever the head is called on disk, and where: a word is also the ending of a name.
+    return sorted({*left, *heads, *(("lm_head",) if heads else ())})
+
+
+def _is_matrix(tensor: BaseTensor) -> bool:
+    return tensor.dtype in FLOAT_WORDS and len(tensor.shape) == 2
+
+
+def _float_name(base: BaseModel, dtype: str) -> str:
+    return CONFIG_DTYPES[output_dtype(base.main_dtype, dtype)]
+
+
+def _refuse(base: BaseModel, target: Target, layers: LinearLayers) -> None:
     if base.is_gguf or base.packed:
         raise UnsupportedError(
             f"{base.path}: quantised already, or GGUF",
             hint="`loratools dequantize` it first; better, give the 16-bit original",
         )
-    if not CONV1D_TYPES.isdisjoint(base.config_words("model_type")):
+    if isinstance(target.packer, BnB4Packer | Int8Packer):
+        return
+    if any(map(layers.is_turned, base.tensors)):
         raise UnsupportedError(
-            f"{base.path}: its layers are stored turned over (Conv1D)",
-            hint="let transformers quantise this one",
+            f"{base.path}: its layers are stored turned over (Conv1D), which "
+            f"{target.packer.scheme} has no word for",
+            hint="use nf4, fp4 or int8, which bitsandbytes turns back",
         )
-
-
-def _is_linear(tensor: BaseTensor) -> bool:
-    if tensor.dtype not in FLOAT_WORDS or len(tensor.shape) != 2:
-        return False
-    return tensor.name.endswith(".weight") and not _TABLES.search(tensor.name)
-
-
-def _is_taken(tensor: BaseTensor, target: Target) -> bool:
-    name = tensor.name
-    if not target.packer.fits(tensor.shape) or tensor.dtype not in _NAMES:
-        return False
-    if target.tables:
-        whole = tensor.dtype in FLOAT_WORDS and name.endswith(".weight")
-        return whole and not _ROUTERS.search(name) and "norm" not in name
-    return _is_linear(tensor) and not any(p.search(name) for p in (_LEFT, _ROUTERS, _EXPERTS))
 
 
 def _aligned(file: FileWork) -> FileWork:

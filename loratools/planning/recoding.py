@@ -12,6 +12,7 @@ from loratools.codecs.ggml import GGML_TYPES
 from loratools.codecs.ggml_mixes import ALIASES, MIXES, Mix, ModelFacts, choose_types, find_mix
 from loratools.errors import InputError, OptionError, UnsupportedError
 from loratools.planning.base_names import is_image
+from loratools.planning.pack_targets import PACKED_TARGETS
 from loratools.report import Json, Note
 from loratools.streaming.blocks import TensorWork
 from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, with_words
@@ -66,7 +67,8 @@ def writable_mix(name: str) -> Mix:
         )
     if ALIASES.get(upper, upper) not in MIXES:
         raise OptionError(
-            f"unknown type {name!r}", hint=did_you_mean(name.lower(), [m.lower() for m in MIXES])
+            f"unknown type {name!r}",
+            hint=did_you_mean(name, [*(mix.lower() for mix in MIXES), *PACKED_TARGETS]),
         )
     return find_mix(name)
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loratools.basemodel import BaseModel, Pipeline
+from loratools.basemodel import BaseModel, BaseTensor, Pipeline
+from loratools.codecs.rounding import STRENGTH
 from loratools.errors import MatchError, UnsupportedError
 from loratools.formats.module_reading import RESHAPE
 from loratools.formats.parameters import is_carried
@@ -124,23 +125,35 @@ def check_merged(
     The first rows of every touched tensor are compared: the change found there must be the
     adapters' change, and nothing else, up to a rounding other than ours.
     """
-    plan = plan_merge(base, loaded, arch=arch)
-    for name in plan.placements:
+    nearest, *others = _roundings(base, loaded, arch)
+    for name in nearest.placements:
         found = merged.tensors.get(name)
-        work = plan.checkpoint.works[name]
-        if found is None or found.shape != work.shape:
+        if found is None or found.shape != nearest.checkpoint.works[name].shape:
             continue
-        # In the type that the merge wrote, which --quant or --dtype may have chosen.
-        expected = sample(replace(work, dtype=found.dtype))
-        if expected is None:
-            continue
-        stored = sample(unchanged(found))
-        if stored is not None and not _is_same_change(*expected, stored[1], found.dtype):
+        if not any(_may_be(plan.checkpoint.works[name], found) for plan in (nearest, *others)):
             raise MatchError(
                 f"{merged.path}: {name} is not what these adapters make of {base.path}",
                 hint="give the adapters and strengths it was merged with, and that base; without "
                 "adapters, --base alone takes every tensor from it",
             )
+
+
+def _roundings(
+    base: BaseModel, loaded: Sequence[LoadedAdapter], arch: str | None
+) -> Iterator[MergePlan]:
+    """Yield the plan of the merge for every way in which it may have rounded to few bits."""
+    yield plan_merge(base, loaded, arch=arch)
+    if base.is_gguf:
+        yield plan_merge(base, loaded, arch=arch, shaping=STRENGTH)
+
+
+def _may_be(work: TensorWork, found: BaseTensor) -> bool:
+    """Return whether the first rows of a tensor are what a work makes, or cannot be compared."""
+    # In the type that the merge wrote, which --quant or --dtype may have chosen.
+    expected, stored = sample(replace(work, dtype=found.dtype)), sample(unchanged(found))
+    if expected is None or stored is None:
+        return True
+    return _is_same_change(*expected, stored[1], found.dtype)
 
 
 def _is_same_change(before: Tensor, after: Tensor, stored: Tensor, dtype: str) -> bool:

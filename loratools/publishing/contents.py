@@ -12,6 +12,7 @@ from loratools.adapter import Adapter
 from loratools.adapter_io import find_weights, open_adapter
 from loratools.basemodel import BaseModel, is_pipeline, open_base, open_pipeline, read_json_object
 from loratools.errors import InputError, UnknownArchitectureError, UnknownFormatError
+from loratools.formats import get_row
 from loratools.keymaps.detection import detect_architecture
 from loratools.planning.provenance import merged_adapters
 from loratools.publishing.words import (
@@ -142,13 +143,10 @@ def _architecture(name: str, adapter: Adapter) -> str | None:
 
 def _weights_name(name: str, weights: Path) -> str:
     """Return the name under which the format's tools look for the weights."""
-    pickled = weights.suffix in TORCH_SUFFIXES
-    if name == "peft":
-        return "adapter_model.bin" if pickled else "adapter_model.safetensors"
-    if name == "diffusers":
-        return "pytorch_lora_weights.bin" if pickled else "pytorch_lora_weights.safetensors"
-    suffix = ".gguf" if name == "gguf" else weights.suffix
-    return weights.stem + suffix
+    known = Path(get_row(name).file)
+    if known.stem == "*":
+        return weights.stem + (".gguf" if known.suffix == ".gguf" else weights.suffix)
+    return known.stem + (".bin" if weights.suffix in TORCH_SUFFIXES else known.suffix)
 
 
 def _adapter_files(

@@ -11,6 +11,7 @@ from loratools.held import MARK
 from loratools.hub.references import is_reference
 from loratools.recipes.faults import Fault
 from loratools.recipes.records import State, fingerprint, settings_of, why_to_run
+from loratools.recipes.remote import Remotes
 from loratools.recipes.steps import Step
 
 
@@ -27,24 +28,29 @@ class Decision:
     why: str | None
 
 
-def state_of(step: Step, held: Mapping[str, State], unknown: Sequence[str] = ()) -> State:
+def state_of(
+    step: Step, held: Mapping[str, State], remotes: Remotes, unknown: Sequence[str] = ()
+) -> State:
     """Return what decides what a step makes, as the files are now.
 
     Args:
         step: the step.
         held: ``$NAME`` → the state of the step that makes it.
+        remotes: what the Hub says.
         unknown: paths that are to be written again first.
     """
     inputs: dict[str, str | None] = {}
     for path in step.inputs:
         if path in held:
             inputs[path] = held[path].whole
+        elif is_reference(path):
+            inputs[path] = remotes[path].fingerprint
         else:
             inputs[path] = None if path in unknown else fingerprint(path)
     return State(settings_of(step.verb.name, step.values), inputs)
 
 
-def decide(steps: Sequence[Step], *, everything: bool = False) -> list[Decision]:
+def decide(steps: Sequence[Step], remotes: Remotes, *, everything: bool = False) -> list[Decision]:
     """Return for each step, in order, whether and why it runs.
 
     A step without output answers, and runs each time. One whose adapter stays in memory runs if a
@@ -56,7 +62,7 @@ def decide(steps: Sequence[Step], *, everything: bool = False) -> list[Decision]
     for step in steps:
         remade = [name for name in step.needs if why[name] and not by_name[name].held]
         unknown = [path for name in remade for path in step.inputs if _is_of(path, by_name[name])]
-        state = state_of(step, states, unknown)
+        state = state_of(step, states, remotes, unknown)
         if step.held:
             states[f"{MARK}{step.name}"] = state
             why[step.name] = None
@@ -86,7 +92,7 @@ def _why(step: Step, state: State, remade: Sequence[str]) -> str | None:
         return f"{remade[0]} runs"
     loose = next((p for p, h in state.inputs.items() if h is None and is_reference(p)), None)
     if loose:
-        return f"{loose} names no commit"
+        return f"the commit of {loose} is not known"
     return why_to_run(state, step.outputs)
 
 
@@ -102,3 +108,12 @@ def output_faults(decisions: Sequence[Decision], *, overwrite: bool) -> Iterator
                 fault = f"step {step.name}: {output} already exists{reason}"
                 hint = "--overwrite replaces it"
                 yield Fault(step.line, fault, hint, OutputError)
+
+
+def remote_faults(decisions: Sequence[Decision], remotes: Remotes) -> Iterator[Fault]:
+    """Yield the references that steps which run could not read."""
+    for step in (decision.step for decision in decisions if decision.why):
+        for path in filter(is_reference, step.inputs):
+            if fault := remotes[path].fault(adapter=path not in step.models):
+                message = f"step {step.name}: {fault.message}"
+                yield Fault(step.line, message, fault.hint, type(fault))

@@ -85,7 +85,7 @@ def _composed(text: str, source: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(
             f"{source}{line}: not YAML: {error.problem or error.context}",
-            hint="names and values are separated by a colon and a space, steps are indented alike",
+            hint="names and values are separated by a colon and a space, steps are indented alike, by blanks",
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{source}: not YAML that a recipe can be: {error}") from error

@@ -57,6 +57,11 @@ def settings_of(verb: str, values: Mapping[str, Any]) -> str:
     return _hash(json.dumps([__version__, verb, kept], sort_keys=True, default=str).encode())
 
 
+def remote_print(reference: str, commit: str | None) -> str | None:
+    """Return a hash of a reference and the commit that it means; None if that is not known."""
+    return None if commit is None else _hash(f"{reference} {commit}".encode())
+
+
 def fingerprint(path: str) -> str | None:
     """Return a hash of what is at a path; None for what may change unseen (a Hub branch)."""
     if is_reference(path):

@@ -11,10 +11,11 @@ from typing import Any
 from loratools.errors import LoratoolsError
 from loratools.held import held_bundle, holding, let_go
 from loratools.hub.references import is_reference
-from loratools.recipes.deciding import Decision, decide, output_faults, state_of
+from loratools.recipes.deciding import Decision, decide, output_faults, remote_faults, state_of
 from loratools.recipes.faults import raise_faults
 from loratools.recipes.reading import read_recipe
 from loratools.recipes.records import State, write_records
+from loratools.recipes.remote import Remotes
 from loratools.recipes.sizes import Cost, estimate, shortages, stored_bytes, totals
 from loratools.recipes.steps import Step, check_steps
 from loratools.recipes.verbs import Outcome, Verb
@@ -72,24 +73,29 @@ def run_recipe(
         show: told of each step that has run.
 
     Raises:
-        OptionError, MissingFileError, OutputError: faults of the recipe, before anything has run.
+        OptionError, MissingFileError, HubError, OutputError: faults of the recipe, before anything
+            has run.
         LoratoolsError: what a step raises, with its name and line; those before it are done.
     """
     steps = check_steps(read_recipe(text, source, verbs), verbs, source)
-    decisions = decide(steps, everything=everything)
+    remotes = Remotes()
+    decisions = decide(steps, remotes, everything=everything)
+    raise_faults(source, list(remote_faults(decisions, remotes)))
     raise_faults(source, list(output_faults(decisions, overwrite=overwrite)))
     work = _plan if dry_run else _execute
-    return work(decisions, source, overwrite, show or (lambda step, reports: None))
+    return work(decisions, source, overwrite, show or (lambda step, reports: None), remotes)
 
 
 # ── for real ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _execute(decisions: Sequence[Decision], source: str, overwrite: bool, show: Show) -> Done:
+def _execute(
+    decisions: Sequence[Decision], source: str, overwrite: bool, show: Show, remotes: Remotes
+) -> Done:
     done = _Progress()
     with holding(one.step.result or "" for one in decisions if one.step.held):
         for position, decision in enumerate(decisions):
-            _execute_one(decision, source, overwrite, show, done)
+            _execute_one(decision, source, overwrite, show, done, remotes)
             _let_go(decisions, position)
             if done.code:
                 break
@@ -102,10 +108,15 @@ def _execute(decisions: Sequence[Decision], source: str, overwrite: bool, show: 
 
 
 def _execute_one(
-    decision: Decision, source: str, overwrite: bool, show: Show, done: _Progress
+    decision: Decision,
+    source: str,
+    overwrite: bool,
+    show: Show,
+    done: _Progress,
+    remotes: Remotes,
 ) -> None:
     step = decision.step
-    state = state_of(step, done.states)
+    state = state_of(step, done.states, remotes)
     if step.held:
         done.states[step.result or ""] = state
     if decision.why is None:
@@ -151,7 +162,9 @@ def _named(source: str, step: Step) -> Iterator[None]:
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _plan(decisions: Sequence[Decision], source: str, overwrite: bool, show: Show) -> Done:
+def _plan(
+    decisions: Sequence[Decision], source: str, overwrite: bool, show: Show, remotes: Remotes
+) -> Done:
     done, costs = _Progress(), []
     sizes: dict[str, int] = {}
     adapters = [one.step.result for one in decisions if one.why and _makes_adapter(one.step)]
@@ -163,7 +176,7 @@ def _plan(decisions: Sequence[Decision], source: str, overwrite: bool, show: Sho
             with _named(source, decision.step):
                 outcome, tried = _try(decision.step, overwrite)
             step, reports = decision.step, outcome.reports if outcome else ()
-            cost = estimate(step, reports, sizes)
+            cost = estimate(step, reports, sizes, remotes)
             if step.result:
                 sizes[step.result] = cost.held
             if reports:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.errors import LoratoolsError
 from loratools.held import held_bytes, is_held
+from loratools.hub.references import is_reference
+from loratools.recipes.remote import Remotes
 from loratools.recipes.steps import Step
 from loratools.report import Json, Report
 from loratools.tensorfiles.header import TensorSpec, read_header
@@ -47,15 +50,18 @@ class Cost:
     memory: int
 
 
-def estimate(step: Step, reports: Sequence[Report], sizes: Mapping[str, int]) -> Cost:
+def estimate(
+    step: Step, reports: Sequence[Report], sizes: Mapping[str, int], remotes: Remotes
+) -> Cost:
     """Return a step's cost.
 
     Args:
         step: the step.
         reports: of its dry run, if there was one.
         sizes: result → bytes, of the steps before it.
+        remotes: what the Hub says.
     """
-    read = {path: sizes.get(path, stored_bytes(path)) for path in step.inputs}
+    read = {path: _read(step, path, sizes, remotes) for path in step.inputs}
     models = sum(read[path] for path in step.models)
     adapters = sum(read.values()) - models
     first = read[step.models[0]] if step.models else adapters
@@ -65,8 +71,15 @@ def estimate(step: Step, reports: Sequence[Report], sizes: Mapping[str, int]) ->
     if makes_adapter:
         memory += _WIDE * result
     if step.models:
-        memory += _MATRICES * _largest(step.models) if makes_adapter else _BLOCKS
+        memory += _MATRICES * _largest(step.models, remotes) if makes_adapter else _BLOCKS
     return Cost(sum(read.values()), 0 if step.held else result, result, memory)
+
+
+def _read(step: Step, path: str, sizes: Mapping[str, int], remotes: Remotes) -> int:
+    if is_reference(path):
+        whole = path in step.repositories
+        return remotes[path].nbytes(adapter=path not in step.models, whole=whole)
+    return sizes[path] if path in sizes else stored_bytes(path)
 
 
 def _result(step: Step, reports: Sequence[Report], otherwise: int) -> int:
@@ -88,11 +101,14 @@ def stored_bytes(path: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _largest(paths: Iterable[str]) -> int:
+def _largest(paths: Iterable[str], remotes: Remotes) -> int:
     """Return the bytes in float32 of the largest tensor in safetensors files."""
-    files = [file for path in paths for file in _safetensors(Path(path))]
-    sizes = [spec.elements for file in files for spec in _header(file)]
-    return 4 * max(sizes, default=0)
+    most = 0
+    for path in paths:
+        with remotes[path].headers() if is_reference(path) else nullcontext(Path(path)) as place:
+            sizes = [spec.elements for file in _safetensors(place) for spec in _header(file)]
+        most = max(most, *sizes, 0)
+    return 4 * most
 
 
 def _safetensors(place: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratools.errors import LoratoolsError, MissingFileError
 from loratools.held import MARK
-from loratools.hub.references import is_reference
+from loratools.hub.references import is_reference, reference_at
 from loratools.recipes.faults import Fault, raise_faults
 from loratools.recipes.order import in_order, producers
 from loratools.recipes.reading import NAME, Word, WrittenStep
@@ -17,6 +17,7 @@ from loratools.recipes.verbs import Parameter, Verb
 from loratools.recipes.words import MENTION, TRUE, mentions, word_faults
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.destination import settled
+from loratools.tensorfiles.missing import no_such_path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +33,7 @@ class Step:
         needs: steps whose results it reads.
         inputs: paths that are read, in order; ``$NAME`` for values in memory.
         models: those of them that are no adapters.
+        repositories: those of them that are read whole, from the Hub.
         outputs: paths that are written.
         held: whether its result stays in memory, as ``$NAME``.
     """
@@ -44,6 +46,7 @@ class Step:
     needs: tuple[str, ...]
     inputs: tuple[str, ...]
     models: tuple[str, ...]
+    repositories: tuple[str, ...]
     outputs: tuple[str, ...]
     held: bool
 
@@ -136,10 +139,11 @@ def _step(draft: _Draft, drafts: Mapping[str, _Draft], faults: list[Fault]) -> S
     except LoratoolsError as error:
         faults.append(_fault(step.name.line, step, error))
         return None
-    paths = {role: list(_paths(verb, values, role)) for role in ("input", "output")}
-    inputs = [path for parameter in paths["input"] for path in parameter[1]]
-    models = [path for one, found in paths["input"] if not one.adapter for path in found]
-    outputs = [path for _, found in paths["output"] for path in found]
+    read, wrote = (list(_paths(verb, values, role)) for role in ("input", "output"))
+    inputs = [path for _, found in read for path in found]
+    models = [path for one, found in read if not one.adapter for path in found]
+    whole = [path for one, found in read if one.repository for path in found]
+    outputs = [path for _, found in wrote for path in found]
     return Step(
         step.name.text,
         step.name.line,
@@ -149,6 +153,7 @@ def _step(draft: _Draft, drafts: Mapping[str, _Draft], faults: list[Fault]) -> S
         needs,
         tuple(dict.fromkeys(inputs)),
         tuple(dict.fromkeys(models)),
+        tuple(whole),
         tuple(path for path in outputs if not (draft.held and path == draft.result)),
         draft.held,
     )
@@ -223,6 +228,8 @@ def _paths(
     """Yield the parameters of a role with their paths."""
     for parameter in verb.parameters:
         value = values.get(parameter.key)
+        if parameter.repository:
+            value = reference_at(str(value), values.get("revision"))
         if parameter.role == role and value is not None:
             yield parameter, list(_texts(value))
 
@@ -263,8 +270,8 @@ def _input_faults(step: Step, made: Mapping[Path, str]) -> Iterator[Fault]:
             continue
         if is_reference(path) or Path(path).exists() or _maker(path, made):
             continue
-        hint = "check the path; relative paths start in the working directory"
-        yield Fault(step.line, f"{where}: no such file or folder: {path}", hint, MissingFileError)
+        error = no_such_path(path)
+        yield Fault(step.line, f"{where}: {error.message}", error.hint, MissingFileError)
     if step.held and step.is_batch:
         hint = "give it an `output:` folder"
         yield Fault(step.line, f"{where}: several results are no single value", hint)

@@ -21,6 +21,8 @@ class Parameter:
         flag: the word on the command line, or None for an argument.
         role: whether it is a path that is read, one that is written, or neither.
         adapter: whether the path is an adapter's, which may be a value in memory.
+        repository: whether it names a repository on the Hub, which is read whole, at the revision
+            that an option may name.
         several: whether it may be given more than once.
         switch: whether it stands alone, without a value.
         required: whether the command cannot do without.
@@ -33,6 +35,7 @@ class Parameter:
     flag: str | None
     role: Role = "value"
     adapter: bool = False
+    repository: bool = False
     several: bool = False
     switch: bool = False
     required: bool = False

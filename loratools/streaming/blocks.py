@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ from loratools.errors import (
     InputError,
     LoratoolsError,
     NonFiniteError,
-    UnsupportedError,
 )
 from loratools.streaming.packed_source import PackedSource
+from loratools.streaming.residuals import Gathering, Residual, ResidualWish
 from loratools.streaming.stored import (
     Storage,
     source_storage,
@@ -62,6 +62,7 @@ class TensorWork:
         packer: codes a float source into a scheme of several stored tensors.
         whole: the packed weight that this stored tensor is a part of, if it is one.
         role: which part.
+        residual: that what rounding to few bits leaves out is wanted, if it is.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TensorWork:
     packer: Packer | None = None
     whole: TensorWork | None = None
     role: str = ""
+    residual: ResidualWish | None = None
 
     @property
     def elements(self) -> int:
@@ -118,6 +120,7 @@ class TensorResult:
         subspace_error: ‖(Δ' − Δ)V‖/‖ΔV‖ on the inputs V that the adapters act on, if known.
         added_error: ‖Δ' − Δ‖/‖W'‖.
         codes_changed: share of the codes that differ, where they can be compared.
+        residual: what rounding left out, where it was wanted.
     """
 
     name: str
@@ -128,6 +131,7 @@ class TensorResult:
     subspace_error: float | None = None
     added_error: float | None = None
     codes_changed: float | None = None
+    residual: Residual | None = field(default=None, compare=False)
 
 
 def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
@@ -192,6 +196,8 @@ class Blocks:
         rounding = work.rounding if self.coded and folds else None
         self.subspaces = Subspaces(rounding, *self._matrix(), device)
         self.losses = Losses(self.subspaces)
+        wish = work.residual if self.coded and folds else None
+        self.left_out = Gathering(wish, work.shape, device) if wish else None
         self.step = self._step()
         self.changed = False
         self.squares = [0.0, 0.0]
@@ -200,9 +206,14 @@ class Blocks:
     def __enter__(self) -> Blocks:
         if self.work.source.start is not None:
             self.file = open_source(self.work.source.file)
+        if self.left_out:
+            # Last, because it waits for room that only leaving gives back.
+            self.left_out.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.left_out:
+            self.left_out.__exit__(None, None, None)
         if self.file is not None:
             os.close(self.file)
 
@@ -259,6 +270,7 @@ class Blocks:
             subspace_error=losses.subspace_error,
             added_error=added,
             codes_changed=moved,
+            residual=self.left_out.result() if self.left_out else None,
         )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
@@ -339,10 +351,16 @@ class Blocks:
         out = self._rounded(wide, start, raw)
         if self.target.codec:
             error = self._decoded(self.target, out.to(wide.device)).sub_(wide)
-            self.losses.add(made, error, start)
+            self._count(made, error, start)
         if not self.changed:
             self.changed = self._differs(out, raw, wide, change)
         return out
+
+    def _count(self, made: Tensor, error: Tensor, start: int) -> None:
+        """Count what rounding did to the rows from ``start`` on."""
+        self.losses.add(made, error, start)
+        if self.left_out:
+            self.left_out.add(error, start * error.shape[1])
 
     def _original(self, raw: Tensor) -> Tensor:
         return self._decoded(self.source, raw.to(self.device)).to(torch.float32)
@@ -370,11 +388,6 @@ class Blocks:
     def _encoded(self, wide: Tensor, start: int, raw: Tensor | None) -> Tensor:
         values = wide.to(torch.float32).view(1 if self.unit > 1 else len(wide), -1)
         frozen = GGML_GRIDS.get(self.target.word) if self.subspaces.strength is not None else None
-        if frozen is not None and self.unit > 1:
-            raise UnsupportedError(
-                f"{self.work.name}: its blocks run across rows, and rounding would have to follow",
-                hint="--rounding nearest, or --quant dequantize",
-            )
         try:
             if frozen is None or raw is None:
                 return self.target.encode(values).cpu()
@@ -383,13 +396,18 @@ class Blocks:
         except LoratoolsError as error:
             raise type(error)(f"{self.work.name}: {error.message}", error.hint) from error
         before, grid = frozen.read(scales)
+        if self.unit > 1:
+            # Blocks run over the ends of rows, and the columns are walked row by row.
+            values, grid = values.view(-1, self.columns), grid.in_rows_of(self.columns)
         codes = self.subspaces.codes(values, grid.to(self.device), start).cpu()
-        self.losses.count(before, codes)
+        self.losses.count(before.view(codes.shape), codes)
         return frozen.write(scales, codes)
 
     def _refuse_non_finite(self, wide: Tensor, start: int) -> None:
         out = wide.to(self.dtype)
         lost = ~torch.isfinite(out)
+        if self.packed and self.work.shape == self.work.source.shape:
+            self.packed.refuse_damaged(wide, start * self.columns)
         if not self.folds:
             # What the base itself stores as infinite (a mask) is converted, not refused.
             lost &= torch.isfinite(wide)

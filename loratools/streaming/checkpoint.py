@@ -207,12 +207,13 @@ def copy_files(root: Path, target: Path, names: Sequence[Path]) -> None:
 def check_suffix(root: Path, output: Path, *, folder: bool) -> None:
     """Raise OutputError if a file's output is not called as its base is, or a folder's is."""
     expected = ".gguf" if root.suffix == ".gguf" else ".safetensors"
-    if folder and output.suffix == expected:
-        several = "a folder" if root.is_dir() else "in several parts"
-        raise OutputError(
-            f"{output}: the base is {several}, so the output is a folder",
-            hint=f"for example: -o {output.with_suffix('')}",
-        )
+    if folder and output.suffix in (".gguf", ".safetensors"):
+        several, hint = "in several parts", f"for example: -o {output.with_suffix('')}"
+        if root.is_dir():
+            several = "a folder"
+        if root.is_dir() and output.suffix == ".gguf":
+            hint += "; `loratools quantize` with --template makes a GGUF file of that"
+        raise OutputError(f"{output}: the base is {several}, so the output is a folder", hint)
     if not folder and output.suffix != expected:
         raise OutputError(
             f"{output}: the base is one file, so the output is a {expected} file",

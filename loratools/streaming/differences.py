@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from loratools.basemodel import BaseTensor, elements
 from loratools.compute import Compute, one_thread_kernels
 from loratools.errors import CorruptFileError, NonFiniteError
+from loratools.streaming.gate import Gate
 from loratools.tensorfiles.copying import read_at
 from loratools.tensorfiles.dtypes import torch_dtype
 from loratools.tensorfiles.inputs import open_input
@@ -132,7 +131,7 @@ def in_threads(
     Kernels run on one thread each, so that results do not depend on the number of cores. What is
     in memory at a time is at most two of the largest items, or as many small ones as come to that.
     """
-    gate = _Gate(2 * max((job.elements for job in jobs), default=0))
+    gate = Gate(2 * max((job.elements for job in jobs), default=0))
 
     def run(job: Job[Item]) -> Result:
         with gate.holding(job.elements):
@@ -149,24 +148,3 @@ def in_threads(
         finally:
             for future in futures:
                 future.cancel()
-
-
-class _Gate:
-    """Lets as many in as fit; one alone always does."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.held = 0
-        self.changed = threading.Condition()
-
-    @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        with self.changed:
-            self.changed.wait_for(lambda: self.held + size <= self.room)
-            self.held += size
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.held -= size
-                self.changed.notify_all()

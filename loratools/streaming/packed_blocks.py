@@ -38,7 +38,7 @@ class PackedBlocks(Blocks):
         before = weight.codes(first, last)
         codes = self.subspaces.codes(target, grid, first)
         codes = _same_where_equal(grid, before.to(self.device), codes)
-        self.losses.add(change, grid.values(codes).sub_(target), first)
+        self._count(change, grid.values(codes).sub_(target), first)
         codes = codes.cpu()
         self.losses.count(before, codes)
         self.changed = self.changed or not torch.equal(before, codes)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loratools.basetensors import BaseTensor, elements
+from loratools.codecs.scheme_floats import CAST
+from loratools.errors import NonFiniteError
 
 
 class PackedSource:
@@ -12,6 +15,7 @@ class PackedSource:
 
     def __init__(self, tensor: BaseTensor) -> None:
         assert tensor.packed is not None
+        self.name, self.scheme = tensor.name, tensor.packed.scheme
         self.weight = tensor.packed.open()
         self.turned = tensor.packed.turned
         self.shape = tensor.shape
@@ -34,3 +38,26 @@ class PackedSource:
             # Stored as (out, in), read as (in, out), one matrix after another.
             values = values.view(-1, self.shape[-1], self.shape[-2]).mT.contiguous()
         return values.flatten()[start - low : stop - low]
+
+    def refuse_damaged(self, made: Tensor, start: int) -> None:
+        """Raise NonFiniteError if the codes and scales behind a block make no numbers.
+
+        Args:
+            made: (rows, columns) what came of the elements from ``start`` on; only rows that are
+                not finite are looked at.
+            start: position of its first element.
+        """
+        if self.scheme == CAST:
+            # Plain numbers, of which a base may hold infinite ones.
+            return
+        columns = made.shape[1]
+        for row in (~torch.isfinite(made)).any(1).nonzero().flatten().tolist():
+            first = start + row * columns
+            stored = self.read(first, first + columns)
+            if not bool(stored.isfinite().all()):
+                kind = "NaN" if bool(stored.isnan().any()) else "infinite"
+                raise NonFiniteError(
+                    f"{self.name}: stored as {self.scheme}, but row {first // columns} is {kind}: "
+                    "a scale is damaged",
+                    hint="fetch or save the file again",
+                )

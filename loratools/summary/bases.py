@@ -6,7 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from loratools.basemodel import BaseModel, elements, open_pipeline, read_json_object
+from loratools.basemodel import (
+    BaseModel,
+    BaseTensor,
+    elements,
+    open_pipeline,
+    read_json_object,
+)
 from loratools.errors import UnknownArchitectureError
 from loratools.keymaps.translate import detect_base
 from loratools.report import Json, Report
@@ -45,8 +51,13 @@ def _sizes(base: BaseModel) -> Counter[str]:
     """Return the number of parameters by dtype."""
     sizes: Counter[str] = Counter()
     for tensor in base.tensors.values():
-        sizes[tensor.dtype] += elements(tensor.shape)
+        sizes[_kind(tensor)] += elements(tensor.shape)
     return sizes
+
+
+def _kind(tensor: BaseTensor) -> str:
+    """Return the dtype word of a plain tensor, the scheme of a packed one."""
+    return tensor.packed.scheme if tensor.packed else tensor.dtype
 
 
 def _bytes(base: BaseModel) -> int:
@@ -77,7 +88,7 @@ def describe_base(base: BaseModel, path: str) -> Report:
         "parameters_by_dtype": dict(sizes),
         "bytes": _bytes(base),
         "tied_embeddings": base.config_word("tie_word_embeddings"),
-        "quantisation": _scheme(base.config_word("quantization_config")),
+        "quantisation": _scheme(base),
     }
     facts |= gguf_facts(base)
     return Report("inspect", (path,), None, facts, tuple(_tensor_items(base)))
@@ -87,11 +98,15 @@ def _tensor_items(base: BaseModel) -> Iterator[dict[str, Json]]:
     for tensor in base.tensors.values():
         yield {
             "tensor": tensor.name,
-            "dtype": tensor.dtype,
+            "dtype": _kind(tensor),
             "shape": list(tensor.shape),
             "file": tensor.file.name,
         }
 
 
-def _scheme(words: Json) -> str | None:
-    return str(words.get("quant_method")) if isinstance(words, Mapping) else None
+def _scheme(base: BaseModel) -> str | None:
+    """Return the config's word for how the weights are quantised, else the schemes found."""
+    words = base.config_word("quantization_config")
+    if isinstance(words, Mapping) and words.get("quant_method"):
+        return str(words["quant_method"])
+    return ", ".join(sorted({w.packed.scheme for w in base.packed if w.packed})) or None

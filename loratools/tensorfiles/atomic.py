@@ -167,7 +167,7 @@ def require_space(parent: Path, nbytes: int) -> None:
 
 
 def _refusal(target: Path, error: OSError) -> OutputError:
-    hint = _SPACE_HINT if error.errno in _FULL else None
+    hint = _SPACE_HINT if error.errno in _FULL else "Choose another output path."
     return OutputError(f"{target}: cannot be written: {error.strerror or error}", hint)
 
 

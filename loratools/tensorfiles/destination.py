@@ -17,6 +17,7 @@ _MODEL_FILES = (
     "adapter_config.json",
     "model_index.json",
 )
+_NOT_WRITABLE = "Choose another output path, or have the folder's permissions changed."
 
 
 def settled(path: Path) -> Path:
@@ -73,6 +74,17 @@ def _check_parents(target: Path) -> None:
     nearest = next((path for path in target.parents if os.path.lexists(path)), target)
     if not nearest.is_dir():
         raise OutputError(f"{target}: {nearest} is not a folder", "Choose another output path.")
+    if not may_write(nearest):
+        raise OutputError(f"{target}: {nearest} is not writable for you", _NOT_WRITABLE)
+
+
+def may_write(folder: Path) -> bool:
+    """Return whether the system lets this process make files in a folder.
+
+    Windows tells only what an attribute says, so that there the attempt itself decides.
+    """
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
 
 
 def _check_existing(target: Path, *, folder: bool, overwrite: bool) -> None:

@@ -27,6 +27,7 @@ from loratools.tensorfiles.gguf_types import (
     ValueType,
     storage_types,
 )
+from loratools.tensorfiles.impostors import FIRST_BYTES, not_what_it_says
 from loratools.tensorfiles.inputs import INCOMPLETE_HINT, open_input, quoted
 
 _LEAST_KEY = 13  # length, one letter at most missing, type, one byte
@@ -173,7 +174,8 @@ def _read_version(cursor: Cursor) -> int:
     start = cursor.take(4, "the magic word")
     magic = bytes(cursor.view[start : start + 4])
     if magic != MAGIC:
-        raise CorruptFileError(f"{cursor.path}: not a GGUF file (it begins with {quoted(magic)})")
+        head = bytes(cursor.view[:FIRST_BYTES])
+        raise not_what_it_says(cursor.path, "a GGUF file", head, f"it begins with {quoted(magic)}")
     version = cursor.u32("the version")
     if version and version & 0xFFFF == 0:
         raise UnsupportedError(

@@ -19,22 +19,13 @@ from typing import Any, BinaryIO
 from loratools.errors import CorruptFileError, OutputError
 from loratools.tensorfiles.dtypes import DTYPES
 from loratools.tensorfiles.entries import entry_fault
+from loratools.tensorfiles.impostors import FIRST_BYTES, not_what_it_says
 from loratools.tensorfiles.inputs import INCOMPLETE_HINT, open_input, parse_object, quoted
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors library reads or writes."""
 
 _METADATA = "__metadata__"
-
-# First eight bytes of what is often given the wrong name, and what to do about it.
-_IMPOSTORS = (
-    (b"version ", "This is a Git LFS pointer: run `git lfs pull` to fetch the file itself."),
-    (b"PK\x03\x04", "This is a zip file, perhaps made by torch.save: name it .bin or .pt."),
-    (b"\x80\x02", "This is a pickle, perhaps made by torch.save: name it .bin or .pt."),
-    (b"GGUF", "This is a GGUF file: name it .gguf."),
-    (b"<", "This is a web page: fetch the file itself."),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -153,11 +144,11 @@ def _raw_header(path: Path, file: BinaryIO, size: int) -> bytes:
         )
     length: int = struct.unpack("<Q", prefix)[0]
     if not 2 <= length <= MAX_HEADER_BYTES:
-        hint = next((hint for magic, hint in _IMPOSTORS if prefix.startswith(magic)), None)
-        raise CorruptFileError(
-            f"{path}: not a safetensors file (header length {length} is outside 2 to "
-            f"{MAX_HEADER_BYTES} bytes)",
-            hint,
+        raise not_what_it_says(
+            path,
+            "a safetensors file",
+            prefix + file.read(FIRST_BYTES - len(prefix)),
+            f"header length {length} is outside 2 to {MAX_HEADER_BYTES} bytes",
         )
     raw = file.read(length)
     if len(raw) < length:

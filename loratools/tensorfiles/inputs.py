@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,25 @@ def open_input(path: Path) -> BinaryIO:
     except _NOT_A_FILE as error:
         raise MissingFileError(f"{path}: {_reason(error)}") from error
     except OSError as error:
-        raise InputError(f"{path}: {_reason(error)}") from error
+        raise InputError(f"{path}: {_reason(error)}", system_hint(error)) from error
+
+
+_SYSTEM_HINTS = {
+    errno.EACCES: "you lack the permission: see who owns it, and its folder (ls -ld)",
+    errno.EPERM: "the system allows it to its owner or administrator alone",
+    errno.EROFS: "the file system is read-only: choose another place",
+    errno.ENOSPC: "the disk is full: free some space, or choose another disk",
+    errno.ENAMETOOLONG: "the name is too long for the system: was a text given for a path?",
+    errno.ELOOP: "links lead in a circle: name the file itself",
+    errno.EIO: "the disk or the network drive fails: copy the file and try again",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENOMEM: "the memory is not enough: close other programs",
+}
+
+
+def system_hint(error: OSError) -> str | None:
+    """Return what to do about what the operating system refuses, where that is known."""
+    return _SYSTEM_HINTS.get(error.errno or 0)
 
 
 def _reason(error: OSError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,12 @@ from typing import Any
 import torch
 
 from loratools.errors import CorruptFileError, UnsupportedError
+from loratools.tensorfiles.impostors import (
+    FIRST_BYTES,
+    TORCH_SAVED,
+    not_what_it_says,
+    recognise,
+)
 from loratools.tensorfiles.inputs import INCOMPLETE_HINT, open_input, quoted
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -55,12 +62,15 @@ def load_torch(path: Path) -> dict[str, torch.Tensor]:
         # torch.load goes by this name, whatever the file holds.
         raise UnsupportedError(f"{path}: named as a safetensors file", "Name it .bin or .pt.")
     with open_input(path) as file:
-        is_zip = file.read(4) == _ZIP_MAGIC
-    sizes = _stored_sizes(path) if is_zip else None
+        head = file.read(FIRST_BYTES)
+    sizes = _stored_sizes(path) if head.startswith(_ZIP_MAGIC) else None
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=sizes is not None)
+        with warnings.catch_warnings():
+            # Said of what is refused, or read all the same.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=sizes is not None)
     except _DAMAGE as error:
-        raise _explained(path, error) from error
+        raise _explained(path, error, head) from error
     tensors = {name: _plain(path, name, item) for name, item in _named(path, value).items()}
     if sizes is not None:
         _check_storages(path, tensors.values(), sizes)
@@ -96,13 +106,17 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-def _explained(path: Path, error: BaseException) -> CorruptFileError | UnsupportedError:
+def _explained(
+    path: Path, error: BaseException, head: bytes
+) -> CorruptFileError | UnsupportedError:
     if found := _GLOBAL.search(str(error)):
         return UnsupportedError(
             f"{path}: contains {found[1]}, which could run code and is not loaded", _CONVERT_HINT
         )
+    if (known := recognise(head)) and known.what != TORCH_SAVED:
+        return not_what_it_says(path, TORCH_SAVED, head, "")
     return CorruptFileError(
-        f"{path}: not a torch.save file, or a truncated or damaged one ({type(error).__name__})",
+        f"{path}: not {TORCH_SAVED}, or a truncated or damaged one ({type(error).__name__})",
         INCOMPLETE_HINT,
     )
 

@@ -91,29 +91,15 @@ def test_a_reference_carries_a_strength_after_its_last_colon(
     assert run("merge", "base", "hf://me/adapter:0", "-o", "out").code == 2
 
 
-def test_every_command_that_reads_takes_references(hub: HubServer, run: Run, here: Path) -> None:
+def test_an_extracted_adapter_names_the_base_on_the_hub(
+    hub: HubServer, run: Run, here: Path
+) -> None:
+    """That commands take references wherever they take paths is in ``test_hub_everywhere``."""
+    assert run("merge", "base", "adapter", "-o", "merged").code == 0
     hub.add("me/base", contents(here / "base"))
-    hub.add("me/adapter", contents(here / "adapter"))
-    base, adapter = "hf://me/base", "hf://me/adapter"
-    assert run("merge", base, f"{adapter}:0.5", "-o", "merged").code == 0
     hub.add("me/merged", contents(here / "merged"))
-    lines = (
-        ("unmerge", "hf://me/merged", f"{adapter}:0.5", "--base", base, "-o", "plain"),
-        ("convert", adapter, "--to", "gguf", "--base", base, "-o", "a.gguf"),
-        ("resize", adapter, "--rank", "2", "-o", "smaller"),
-        ("compose", f"{adapter}:0.5", "adapter", "-o", "sum"),
-        ("extract", base, "hf://me/merged", "--rank", "4", "-o", "extracted"),
-        ("rebase", adapter, "--from", base, "--onto", "hf://me/merged", "--rank", "4", "-o", "r"),
-        ("diff", adapter, "adapter"),
-        ("inspect", base, adapter, "--base", base),
-        ("quantize", base, "--to", "f16", "-o", "q", "--dry-run"),
-    )
-    for line in lines:
-        done = run(*line, "--json")
-        text = done.out + done.err
-        assert done.code == 0 or (line[0] == "quantize" and "llama.cpp" in text), text
-        assert "snapshots" not in done.out, line
-    assert contents(here / "plain") == contents(here / "base")
+    line = ("extract", "hf://me/base", "hf://me/merged", "--rank", "4", "-o", "extracted")
+    assert run(*line).code == 0
     config = json.loads((here / "extracted" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/base"
 

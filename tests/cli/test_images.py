@@ -135,7 +135,7 @@ def test_a_network_that_the_pipeline_lacks(here: Path, run: Run, pipeline: Path)
 
 @pytest.mark.parametrize(
     ("arch", "code", "words"),
-    [("sdxl", 0, "merged"), ("sdlx", 1, "sdxl"), ("flux1", 1, "lora_unet")],
+    [("sdxl", 0, "merged"), ("sdlx", 2, "sdxl"), ("flux1", 1, "lora_unet")],
 )
 def test_the_users_word_for_the_architecture(
     here: Path, run: Run, pipeline: Path, arch: str, code: int, words: str

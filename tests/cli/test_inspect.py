@@ -227,7 +227,7 @@ def test_alignment_of_different_models(run: Run, here: Path) -> None:
 def test_an_unknown_architecture(run: Run, here: Path) -> None:
     for more in ((), ("--spectrum",), ("second", "--alignment")):
         done = run("inspect", "adapter", *more, "--arch", "nowhere")
-        assert (done.code, "no architecture" in done.err) == (1, True)
+        assert (done.code, "no architecture" in done.err) == (2, True)
 
 
 def test_8_bit_floats(run: Run, here: Path) -> None:

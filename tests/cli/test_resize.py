@@ -141,7 +141,7 @@ REFUSED = [
     (("--max-size", "huge"), 2, "no size"),
     (("--mean-rank", 2, "--score", "frobenius"), 2, "--base"),
     (("--rank", 2, "--base", "nowhere"), 1, "nowhere"),
-    (("--rank", 2, "--arch", "nowhere"), 1, "no architecture"),
+    (("--rank", 2, "--arch", "nowhere"), 2, "no architecture"),
 ]
 
 

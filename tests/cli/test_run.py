@@ -201,11 +201,15 @@ def test_click_s_own_checks_come_before_the_first_step(
     assert tree(here) == before
 
 
-@pytest.mark.parametrize("source", ["missing.yaml", "base"])
-def test_no_recipe(here: Path, run: Run, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("missing.yaml", "no such file: missing.yaml"), ("base", "base: a folder, not a recipe")],
+)
+def test_no_recipe(here: Path, run: Run, source: str, words: str) -> None:
     outcome = run("run", source)
     assert outcome.code == 1
-    assert f"no such file: {source}" in outcome.err
+    assert words in outcome.err
+    assert "YAML file" in outcome.err
 
 
 # ---------------------------------------------------------------------------- every command

@@ -1,8 +1,12 @@
-"""Files that pages take for given, beside those of ``loratools demo``."""
+"""The files that the pages take for given.
+
+``python tests/docs/examples.py FOLDER`` makes them for a reader who follows a page.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +14,20 @@ from safetensors.torch import save_file
 
 LAYERS = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 64), "mlp.down_proj": (64, 160)}
 RANK = 32
+
+
+def make_files(folder: Path) -> None:
+    """Make a base, as a folder and as a GGUF file, three adapters for it and one for SDXL."""
+    from loratools.demo import make_adapter, make_base
+    from tests.gguf_demo import write_demo_gguf
+    from tests.image_adapters import write_kohya_sdxl
+
+    make_base(folder / "base")
+    make_adapter(folder / "adapter")
+    make_adapter(folder / "style", seed=2)
+    write_kohya_sdxl(folder / "ink.safetensors")
+    write_wide(folder / "wide")
+    write_demo_gguf(folder / "base", folder / "model.gguf")
 
 
 def write_wide(folder: Path) -> None:
@@ -33,3 +51,8 @@ def write_wide(folder: Path) -> None:
     names = sorted(name.rpartition(".")[2] for name in LAYERS)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": names}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    make_files(Path(sys.argv[1]))

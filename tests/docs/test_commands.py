@@ -26,8 +26,6 @@ import click
 import pytest
 
 from loratools import cli
-from loratools.demo import make_adapter, make_base
-from loratools.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,27 +33,20 @@ NAMES = [name for name, _ in cli.COMMANDS]
 HOME = "/home/me"
 """What the pages call the working directory."""
 
-_BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+block_pattern = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 def make_files(folder: Path) -> None:
-    """Make what the pages take for given: a base, two adapters for it and one for SDXL."""
-    from tests.docs.examples import write_wide
-    from tests.gguf_demo import write_demo_gguf
-    from tests.image_adapters import write_kohya_sdxl
+    """Make what the pages take for given; imported here, since this file is a script too."""
+    from tests.docs import examples
 
-    make_base(folder / "base")
-    make_adapter(folder / "adapter")
-    make_adapter(folder / "style", seed=2)
-    write_kohya_sdxl(folder / "ink.safetensors")
-    write_wide(folder / "wide")
-    write_demo_gguf(folder / "base", folder / "model.gguf")
+    examples.make_files(folder)
 
 
 def console_blocks(text: str) -> list[str]:
     """Return the blocks of commands."""
-    return [found["body"] for found in _BLOCK.finditer(text) if found["info"] == "console"]
+    return [found["body"] for found in block_pattern.finditer(text) if found["info"] == "console"]
 
 
 def write_file(found: re.Match[str]) -> None:
@@ -178,7 +169,7 @@ def test_commands_print_what_the_page_says(
 ) -> None:
     make_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for block in _BLOCK.finditer(page.read_text("utf-8")):
+    for block in block_pattern.finditer(page.read_text("utf-8")):
         if block["info"] != "console":
             write_file(block)
             continue
@@ -208,14 +199,6 @@ def test_the_options_are_those_of_the_command(name: str) -> None:
     for option in options:
         if isinstance(option.type, click.Choice):
             assert all(f"`{choice}`" in section for choice in option.type.choices)
-
-
-def test_the_formats_are_those_of_the_table() -> None:
-    """``| name | read | write | ...``, in the README's table."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| `([a-z-]+)` \| (yes|no) \| (yes|no) \|", text, re.MULTILINE)
-    expected = [(row.name, "yes", "yes" if row.writes else "no") for row in FORMATS]
-    assert rows == expected
 
 
 @pytest.mark.parametrize(
@@ -268,7 +251,7 @@ def main() -> None:
             os.chdir(folder)
             text = page.read_text("utf-8")
             with served(page, Path(other)):
-                page.write_text(_BLOCK.sub(rewritten, text), "utf-8")
+                page.write_text(block_pattern.sub(rewritten, text), "utf-8")
             os.chdir(ROOT)
             shutil.rmtree(folder / "merged", ignore_errors=True)
 

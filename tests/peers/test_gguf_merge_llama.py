@@ -13,7 +13,7 @@ import torch
 
 import loratools
 from loratools.merge import merge_into_base
-from loratools.quantize import quantize_base
+from loratools.quantize import dequantize_base, quantize_base
 from loratools.tensorfiles.gguf import read_gguf_header
 from loratools.tensorfiles.gguf_tensors import map_tensors
 
@@ -131,3 +131,36 @@ def test_plain_merges_are_llama_export_loras(tmp_path: Path, kind: str) -> None:
         exact = found.dtype == torch.float32 == theirs[name].dtype
         rtol, atol = (2e-6, 2e-7) if exact else (1e-3, 1e-5)
         torch.testing.assert_close(found.float(), theirs[name].float(), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("shape", ["wide", "experts"])
+@pytest.mark.parametrize("mix", ["q4_0", "q4_k_m"])
+def test_a_merge_in_few_bits_and_its_residual_are_the_merge_in_32(
+    tmp_path: Path, shape: str, mix: str
+) -> None:
+    """What remains is llama.cpp's: beside weights in blocks it rounds activations to 8 bits."""
+    llama.need_library()
+    ((name, config),) = SHAPES[shape].items()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, name, {**config, "num_hidden_layers": 2, "initializer_range": 0.05})
+        base = make_base(name, tmp_path / "base")
+    words: dict[str, Any] = {"target_modules": "all-linear"}
+    if shape == "experts":
+        words["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = make_adapter(base, tmp_path / "adapter", r=2, lora_alpha=1, **words)
+    plain, few = llama.base_gguf(base, tmp_path / "plain.gguf"), tmp_path / "few.gguf"
+    quantize_base(plain, few, to=mix)
+    merged, exact = tmp_path / "merged.gguf", tmp_path / "exact.gguf"
+    merge_into_base(few, adapter, merged, residual_rank=512)
+    merge_into_base(few, adapter, exact, quant="dequantize", dtype="fp32")
+    dequantize_base(few, tmp_path / "wide.gguf", dtype="fp32")
+    coded, same = (llama.logits(path)[0] for path in (few, tmp_path / "wide.gguf"))
+    (wanted,) = llama.logits(exact)
+    rounded, found = llama.logits(merged, tmp_path / "merged-residual.gguf")
+    # Of every token, in the middle: a router near a tie may send one to another expert.
+    error, lost, noise = (
+        float(np.median(np.linalg.norm(difference, axis=1)))
+        for difference in (found - wanted, rounded - wanted, coded - same)
+    )
+    assert error < 1.5 * noise
+    assert error < 0.25 * lost

@@ -46,6 +46,22 @@ def test_a_base_gives_every_byte_back(tmp_path: Path, quant: str) -> None:
         )
 
 
+@pytest.mark.parametrize("size", [0.02, 1e-4])
+def test_adapter_aware_codes_are_given_back_too(tmp_path: Path, size: float) -> None:
+    base = write_model(tmp_path / "base.gguf", MIX)
+    adapter, merged = write_adapter(tmp_path / "adapter", size=size), tmp_path / "merged.gguf"
+    merge_into_base(base, adapter, merged, rounding="adapter-aware", rounding_strength=30)
+    sizes = [
+        [(t.name, t.type, t.stop - t.start) for t in read_gguf_header(path).tensors.values()]
+        for path in (base, merged)
+    ]
+    assert sizes[0] == sizes[1]
+    unmerge_from_base(merged, adapter, tmp_path / "back.gguf", base=base)
+    assert (tmp_path / "back.gguf").read_bytes() == base.read_bytes() != merged.read_bytes()
+    with pytest.raises(MatchError, match="is not what these adapters make"):
+        unmerge_from_base(merged, [(adapter, -1.0)], tmp_path / "other.gguf", base=base)
+
+
 def test_parts_are_restored_part_by_part(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.gguf", MIX, parts=3)
     adapter = write_adapter(tmp_path / "adapter")

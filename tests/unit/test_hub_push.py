@@ -296,7 +296,7 @@ def test_a_pickled_adapter_is_warned_of(bases: HubServer, tmp_path: Path) -> Non
 
 
 def test_a_wrong_name_and_a_folder_without_a_model(bases: HubServer, tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="namespace/name"):
+    with pytest.raises(HubError, match="not a name of a repository"):
         push_to_hub(peft(tmp_path), "lora")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):

@@ -126,7 +126,7 @@ def test_keep_changes_codes_and_nothing_else(tmp_path: Path, name: str, rounding
     assert list(after) == list(before)
     assert config(tmp_path / "out") == config(base.path)
     changed = {n for n in before if not torch.equal(bits(before[n]), bits(after[n]))}
-    codes = {"weight", "qweight", "weight_packed", "W_q"}
+    codes = {"weight", "qweight", "weight_packed", "W_q", "blocks"}
     (code_part,) = codes & base.cases[TOUCHED].weight.parts.keys()
     assert changed == {TOUCHED + base.entry.names[code_part]}
     (item,) = report.items
@@ -411,7 +411,7 @@ def test_an_unknown_scheme_is_named(tmp_path: Path) -> None:
         merge_into_base(base.path, tmp_path / "adapter", tmp_path / "out")
     words["quantization_config"] = {"quant_method": "compressed-tensors"}
     (base.path / "config.json").write_text(json.dumps(words))
-    with pytest.raises(UnsupportedError, match=rf"{TOUCHED}\.weight: I8"):
+    with pytest.raises(CorruptFileError, match=rf"{TOUCHED}: .*int-quantized.* no .weight_scale"):
         merge_into_base(base.path, tmp_path / "adapter", tmp_path / "out")
 
 
@@ -448,14 +448,38 @@ def test_rounding_everything_away_is_an_error(tmp_path: Path) -> None:
 # ── taken out again ──
 
 
-def test_the_base_gives_its_codes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "adapter-aware"])
+@pytest.mark.parametrize("name", list(ENTRIES))
+def test_the_base_gives_its_codes_back(tmp_path: Path, name: str, rounding: str) -> None:
+    base = write_base(tmp_path / "base", name)
+    write_adapter(tmp_path / "adapter", base, size=0.3)
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    merge_into_base(base.path, adapter, out, quant="keep", rounding=rounding)
+    before, merged = ((p / "model.safetensors").read_bytes() for p in (base.path, out))
+    assert merged != before
+    assert len(merged) == len(before)
+    for number, given in enumerate(([adapter], [])):
+        unmerge_from_base(out, given, tmp_path / f"{number}", base=base.path)
+        assert (tmp_path / f"{number}" / "model.safetensors").read_bytes() == before
+
+
+def test_experts_give_their_codes_back(tmp_path: Path) -> None:
+    base = write_experts(tmp_path / "base")
+    write_expert_adapter(tmp_path / "adapter", size=0.05)
+    merge_into_base(base.path, tmp_path / "adapter", tmp_path / "out", quant="keep")
+    unmerge_from_base(tmp_path / "out", tmp_path / "adapter", tmp_path / "back", base=base.path)
+    before, merged, back = (
+        (p / "model.safetensors").read_bytes()
+        for p in (base.path, tmp_path / "out", tmp_path / "back")
+    )
+    assert merged != before == back
+    assert len(merged) == len(before)
+
+
+def test_subtraction_from_codes_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "gptq")
     write_adapter(tmp_path / "adapter", base, size=0.3)
     merge_into_base(base.path, tmp_path / "adapter", tmp_path / "out", quant="keep")
-    unmerge_from_base(tmp_path / "out", tmp_path / "adapter", tmp_path / "back", base=base.path)
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
-        base.path / "model.safetensors"
-    ).read_bytes()
     with pytest.raises(UnsupportedError, match="few bits"):
         unmerge_from_base(tmp_path / "out", tmp_path / "adapter", tmp_path / "no")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loratools.codecs.ggml import GGML_TYPES
+from loratools.demo import make_base
 from loratools.errors import InputError, OptionError, UnsupportedError
 from loratools.quantize import dequantize_base, quantize_base
 from loratools.tensorfiles.gguf import read_gguf_header
@@ -235,7 +236,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="an adapter"):
         quantize_base(adapter, tmp_path / "out.gguf", to="q8_0")
     folder = write_adapter(tmp_path / "folder")
-    for name in ("adapter_model.safetensors",):
-        with pytest.raises(UnsupportedError, match="not a GGUF model") as caught:
-            quantize_base(folder / name, tmp_path / "out.gguf", to="q8_0")
-        assert "convert_hf_to_gguf.py" in (caught.value.hint or "")
+    with pytest.raises(UnsupportedError, match="an adapter"):
+        quantize_base(folder / "adapter_model.safetensors", tmp_path / "out.gguf", to="q8_0")
+    make_base(tmp_path / "plain")
+    with pytest.raises(UnsupportedError, match="not a GGUF model") as caught:
+        quantize_base(tmp_path / "plain", tmp_path / "out.gguf", to="q8_0")
+    assert "convert_hf_to_gguf.py" in (caught.value.hint or "")

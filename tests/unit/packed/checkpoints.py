@@ -26,6 +26,8 @@ class Entry:
     case: str
     names: Mapping[str, str]
     config: Mapping[str, Any]
+    subclass: str = ""
+    """torchao's word for it, in the file's header."""
 
 
 def _same(*parts: str) -> dict[str, str]:
@@ -41,6 +43,20 @@ _PACKED = _same("weight_packed", "weight_scale", "weight_zero_point", "weight_g_
 _FP8 = {"weight": ".weight", "scale": ".weight_scale_inv"}
 _HQQ = _same("W_q", "scale", "zero")
 _MLX = _same("weight", "scales", "biases")
+_PLAIN = {"weight": ".weight", "scale": ".weight_scale", "zero_point": ".weight_zero_point"}
+_BLOCKS = {"blocks": ".weight_packed", "scales": ".weight_scale"}
+_TORCHAO = {
+    "weight": "._weight_qdata", "scale": "._weight_scale", "zero_point": "._weight_zero_point",
+}  # fmt: skip
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    """compressed-tensors' words for one group of weights."""
+    group = {"weights": weights, "targets": ["Linear"]}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
+    }  # fmt: skip
+
 
 ENTRIES = {
     "nf4": Entry("nf4-64", _BNB, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
@@ -87,6 +103,35 @@ ENTRIES = {
     ),
     "hqq": Entry("hqq-4-axis1", _HQQ, {"quant_method": "hqq"}),
     "hqq across": Entry("hqq-3-axis0", _HQQ, {"quant_method": "hqq"}),
+    "int rows": Entry("int-rows", _PLAIN, compressed("int-quantized", num_bits=8, symmetric=False)),
+    "int groups of 4 bits": Entry(
+        "int-4-groups",
+        _PLAIN,
+        compressed("naive-quantized", num_bits=4, group_size=16, strategy="group"),
+    ),
+    "int blocks": Entry(
+        "int-blocks",
+        _PLAIN,
+        compressed("int-quantized", num_bits=8, strategy="block", block_structure=[16, 32]),
+    ),
+    "int whole": Entry("int-whole", _PLAIN, compressed("int-quantized", num_bits=8)),
+    "float groups": Entry(
+        "fp8-groups",
+        _PLAIN,
+        compressed("float-quantized", num_bits=8, type="float", group_size=16),
+    ),
+    "mxfp8": Entry(
+        "fp8-exponents-32",
+        _PLAIN,
+        compressed("mxfp8-quantized", num_bits=8, type="float", group_size=32),
+    ),
+    "mxfp6": Entry("mxfp6", _BLOCKS, compressed("mxfp6-pack-quantized", num_bits=6, type="float")),
+    "torchao int8": Entry("int-rows", _TORCHAO, {"quant_method": "torchao"}, "Int8Tensor"),
+    "torchao intx": Entry(
+        "int-4-groups", _TORCHAO, {"quant_method": "torchao"}, "IntxUnpackedToInt8Tensor"
+    ),
+    "torchao float8": Entry("fp8-row", _TORCHAO, {"quant_method": "torchao"}, "Float8Tensor"),
+    "torchao int4": Entry("int4-pairs", _TORCHAO, {"quant_method": "torchao"}, "Int4Tensor"),
     "mlx": Entry("mlx-4", _MLX, {"bits": 4, "group_size": 32}),
     "mlx 5": Entry("mlx-5", _MLX, {"bits": 5, "group_size": 32}),
 }
@@ -114,6 +159,27 @@ def described(case: Case, module: str) -> dict[str, Tensor]:
         }  # fmt: skip
         return {f"{module}.{name}": torch.tensor(value) for name, value in numbers.items()}
     return {}
+
+
+def header(entry: Entry, cases: Mapping[str, Case]) -> dict[str, str]:
+    """The words of the file's header: torchao keeps the attributes of its subclasses there."""
+    if not entry.subclass:
+        return {"format": "pt"}
+    said = {}
+    for module, case in cases.items():
+        weight: Any = case.weight
+        across = getattr(weight, "block", None) or (1, weight.columns)
+        attributes = {
+            "block_size": [1, 16] if entry.subclass == "Int4Tensor" else list(across),
+            "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+            "target_dtype": {"_type": "torch.dtype", "_data": f"int{getattr(weight, 'bits', 8)}"},
+        }
+        listed = [entry.names[part].rpartition("_weight_")[2] for part in weight.parts]
+        said[f"{module}.weight"] = json.dumps(
+            {"_type": entry.subclass, "_data": attributes, "_tensor_data_names": listed}
+        )
+    said["model.norm.weight"] = json.dumps({"_type": "Tensor"})
+    return {"format": "pt", **said, "tensor_names": json.dumps(list(said))}
 
 
 @dataclass(frozen=True)
@@ -148,7 +214,7 @@ def write_base(folder: Path, name: str, **config: Any) -> Base:
         tensors |= {module + entry.names[p]: t.clone() for p, t in case.weight.parts.items()}
         tensors |= described(case, module)
     folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", header(entry, cases))
     words = {"model_type": "llama", "torch_dtype": "float16", "quantization_config": entry.config}
     (folder / "config.json").write_text(json.dumps({**words, **config}))
     return Base(folder, entry, cases)

@@ -12,9 +12,12 @@ from torch import Tensor
 from loratools.codecs.bnb4_weight import BnB4Weight, quantise_bnb4
 from loratools.codecs.compressed import PackQuantizedWeight
 from loratools.codecs.float4 import MXFP4Weight, NVFP4Weight
+from loratools.codecs.float6 import MXFP6Weight
 from loratools.codecs.fp8 import FP8Weight
 from loratools.codecs.hqq import HQQWeight
+from loratools.codecs.int4_pairs import Int4PairsWeight
 from loratools.codecs.int8_rows import Int8Weight
+from loratools.codecs.int_blocks import IntBlocksWeight
 from loratools.codecs.int_words import AWQWeight, GPTQWeight
 from loratools.codecs.mlx_affine import MLXWeight
 from loratools.codecs.packed import PackedWeight
@@ -108,11 +111,84 @@ def fp8_exponents() -> Case:
     return Case(FP8Weight((8, 64), parts, (128, 32)), element)
 
 
+def fp8_groups_of_exponents() -> Case:
+    weight, scale = torch.randn(8, 64).to(torch.float8_e4m3fn), torch.randint(110, 130, (8, 2))
+    parts = {"weight": weight, "scale": scale.to(torch.uint8)}
+
+    def element(row: int, column: int) -> float:
+        return float(weight[row, column]) * 2.0 ** (int(scale[row, column // 32]) - 127)
+
+    return Case(FP8Weight((8, 64), parts, (1, 32)), element)
+
+
 def int8() -> Case:
     codes = torch.randint(-127, 128, (6, 20), dtype=torch.int8)
     scale = torch.rand(6)
     weight = Int8Weight((6, 20), {"weight": codes, "SCB": scale})
     return Case(weight, lambda row, column: int(codes[row, column]) * float(scale[row]) / 127)
+
+
+def int_blocks(shape: tuple[int, ...], block: tuple[int, int] | None, bits: int = 8) -> Case:
+    """With zeros; without a block one scale for each row."""
+    out, ins = shape[-2:]
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, shape, dtype=torch.int8)
+    down, across = block or (1, ins)
+    sizes = (*shape[:-2], -(-out // down), -(-ins // across))
+    scale, zero = torch.rand(sizes), torch.randint(-half, half, sizes, dtype=torch.int8)
+
+    def element(row: int, column: int) -> float:
+        leading = (row // out,) if len(shape) == 3 else ()
+        index, place = (*leading, row % out, column), (row % out // down, column // across)
+        step = float(scale[(*leading, *place)])
+        return (int(codes[index]) - int(zero[(*leading, *place)])) * step
+
+    parts = {"weight": codes, "scale": scale, "zero_point": zero}
+    return Case(IntBlocksWeight(shape, parts, block, bits), element)
+
+
+def int_whole() -> Case:
+    codes, scale = torch.randint(-128, 128, (6, 20), dtype=torch.int8), torch.rand(1)
+    weight = IntBlocksWeight((6, 20), {"weight": codes, "scale": scale}, None)
+    return Case(weight, lambda row, column: int(codes[row, column]) * float(scale))
+
+
+def int4_pairs(shape: tuple[int, ...]) -> Case:
+    *leading, out, ins = shape
+    packed = torch.randint(-128, 128, (*leading, out, ins // 2), dtype=torch.int8)
+    scale, zero = torch.rand(*leading, ins // 16, out), torch.randn(*leading, ins // 16, out)
+
+    def element(row: int, column: int) -> float:
+        index = (row // out,) if leading else ()
+        byte = int(packed[(*index, row % out, column // 2)]) & 0xFF
+        code = byte >> 4 if column % 2 else byte & 15
+        place = (*index, column // 16, row % out)
+        return (code - 16 if code > 7 else code) * float(scale[place]) + float(zero[place])
+
+    parts = {"weight": packed, "scale": scale, "zero_point": zero}
+    return Case(Int4PairsWeight(shape, parts), element)
+
+
+def mxfp6() -> Case:
+    blocks = torch.randint(0, 256, (6, 48), dtype=torch.uint8)
+    scales = torch.randint(118, 130, (6, 2), dtype=torch.uint8)
+
+    def element(row: int, column: int) -> float:
+        triple = blocks[row, column // 4 * 3 :][:3].tolist()
+        code = (sum(b << (8 * i) for i, b in enumerate(triple)) >> (6 * (column % 4))) & 63
+        exponent, fraction = (code >> 3) & 3, code & 7
+        size = 2.0 ** max(exponent - 1, 0) * ((exponent > 0) + fraction / 8)
+        step = 2.0 ** (int(scales[row, column // 32]) - 127)
+        return math.copysign(size, -1 if code & 32 else 1) * step
+
+    return Case(MXFP6Weight((6, 64), {"blocks": blocks, "scales": scales}), element)
+
+
+def float8_cast(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    weight = torch.randn(shape).to(dtype)
+    flat = weight.reshape(-1)
+    packed = FP8Weight(shape, {"weight": weight})
+    return Case(packed, lambda row, column: float(flat[row * packed.columns + column]))
 
 
 def bnb4(kind: str, shape: tuple[int, int], *, nested: bool) -> Case:
@@ -259,7 +335,21 @@ CASES: dict[str, Callable[[], Case]] = {
     "fp8-block-stacked": lambda: fp8((3, 20, 24), (16, 16), torch.float8_e4m3fn),
     "fp8-e5m2": lambda: fp8((12, 20), None, torch.float8_e5m2),
     "fp8-exponents": fp8_exponents,
+    "fp8-exponents-32": fp8_groups_of_exponents,
+    "fp8-groups": lambda: fp8((12, 64), (1, 16), torch.float8_e4m3fn),
+    "fp8-cast": lambda: float8_cast((12, 20), torch.float8_e4m3fn),
+    "fp8-cast-e5m2-filters": lambda: float8_cast((6, 4, 3, 3), torch.float8_e5m2),
+    "fp8-cast-vector": lambda: float8_cast((20,), torch.float8_e4m3fn),
     "int8": int8,
+    "int-whole": int_whole,
+    "int-rows": lambda: int_blocks((6, 20), None),
+    "int-groups": lambda: int_blocks((6, 64), (1, 16)),
+    "int-blocks": lambda: int_blocks((20, 40), (16, 32)),
+    "int-4-groups": lambda: int_blocks((6, 64), (1, 16), 4),
+    "int-blocks-stacked": lambda: int_blocks((3, 20, 24), (16, 16)),
+    "int4-pairs": lambda: int4_pairs((6, 64)),
+    "int4-pairs-stacked": lambda: int4_pairs((3, 6, 32)),
+    "mxfp6": mxfp6,
     **{
         f"{kind}{'-nested' if nested else ''}-{shape[1]}": (
             lambda kind=kind, shape=shape, nested=nested: bnb4(kind, shape, nested=nested)
