@@ -194,6 +194,8 @@ def open_side_files(path: Path) -> BaseModel:
         MissingFileError: no such folder, or none with a ``config.json``.
         CorruptFileError: a config that is no JSON object.
     """
+    if not path.exists():
+        raise no_such_path(path, "folder")
     if not (path / "config.json").is_file():
         raise MissingFileError(
             f"{path}: no folder with a config.json", hint="name a Hugging Face model's folder"

@@ -31,7 +31,7 @@ class ScaleBlocks:
         """Return the blocks of a weight; None for rows that have a scale each."""
         height = weight.shape[-2] if len(weight.shape) in (2, 3) else weight.rows
         down, across = block or (1, weight.columns)
-        return cls(height, weight.columns, down, across)
+        return cls(height, weight.columns, min(down, height), min(across, weight.columns))
 
     def rows(self, scale: Tensor, start: int, stop: int) -> Tensor:
         """Return the scales (stop − start, groups) of a range of rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def _understand_bnb4(found: Found) -> Understood:
     kind = found.names["state"].rpartition("__")[2]
     state = _state(found)
     shape, blocksize = _sizes(found, state), found.number(_FOUR, state, "blocksize")
-    count = torch.Size(shape).numel()
+    count = math.prod(shape)
     if blocksize < 1:
         raise found.unknown(_FOUR, f"with blocksize {state.get('blocksize')!r}")
     found.expect(_FOUR, "absmax", (-(-count // blocksize),))
@@ -36,7 +37,7 @@ def _understand_bnb4(found: Found) -> Understood:
     nested, offset = _nesting(found, state, -(-count // blocksize))
 
     def build(parts: Mapping[str, Tensor]) -> PackedWeight:
-        return BnB4Weight(shape, _exact_map(parts, kind), blocksize, nested, offset)
+        return BnB4Weight(shape, _exact_map(parts, kind), min(blocksize, count), nested, offset)
 
     return shape, build, _FLOAT_WORDS.get(str(state.get("dtype")).removeprefix("torch."))
 
@@ -61,7 +62,7 @@ def _sizes(found: Found, state: Mapping[str, Any]) -> tuple[int, ...]:
 def _expect_bytes(found: Found, count: int) -> None:
     """Raise unless the codes take so many bytes, of whatever dtype they are stored in."""
     shape, word = found.shape("weight"), found.dtype("weight")
-    stored = torch.Size(shape).numel() * _ITEMS.get(word, 0)
+    stored = math.prod(shape) * _ITEMS.get(word, 0)
     if stored < count or stored >= count + max(_ITEMS.get(word, 0), 1):
         raise found.fault(_FOUR, f".weight is {word} {shape}, not {count} bytes")
 
@@ -72,7 +73,7 @@ _ITEMS = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
 def _nesting(found: Found, state: Mapping[str, Any], blocks: int) -> tuple[int, float]:
     """Return how many scales share a nested one, or 0, and the mean they are measured from."""
     nested = found.number(_FOUR, state, "nested_blocksize")
-    if not nested:
+    if nested < 1:
         if found.dtype("absmax") not in FLOATS:
             raise found.fault(_FOUR, f".weight.absmax is {found.dtype('absmax')} and not nested")
         return 0, 0.0
@@ -83,7 +84,10 @@ def _nesting(found: Found, state: Mapping[str, Any], blocks: int) -> tuple[int, 
         raise found.fault(_FOUR, f".weight.absmax is {found.dtype('absmax')}, not U8, and nested")
     found.expect(_FOUR, "nested_absmax", (-(-blocks // nested),))
     found.expect(_FOUR, "nested_quant_map", (256,))
-    return nested, float(state.get("nested_offset") or 0.0)
+    offset = state.get("nested_offset") or 0.0
+    if not isinstance(offset, int | float):
+        raise found.fault(_FOUR, f"nested_offset is {offset!r}")
+    return min(nested, blocks), float(offset)
 
 
 def _exact_map(parts: Mapping[str, Tensor], kind: str) -> Mapping[str, Tensor]:

@@ -6,11 +6,9 @@ and perhaps a format of its own; the tensors have to bear it out.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from loratools.codecs.compressed import PackQuantizedWeight
@@ -20,136 +18,36 @@ from loratools.codecs.fp8 import FP8Weight
 from loratools.codecs.int_blocks import IntBlocksWeight
 from loratools.codecs.packed import PackedWeight
 from loratools.codecs.scheme_floats import Block, scale_block, understand_nvfp4
+from loratools.codecs.scheme_groups import (
+    FLOAT,
+    INT,
+    METHOD,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NVFP4,
+    PACKED,
+    arguments_of,
+    is_said,
+)
 from loratools.codecs.scheme_records import (
     EXPONENTS,
     FLOATS,
     FLOATS8,
-    ORIGINAL,
     WHOLE,
     Found,
     Scheme,
     Understood,
 )
-from loratools.errors import UnsupportedError
-
-_METHOD = "compressed-tensors"
-_PACKED = f"{_METHOD} pack-quantized"
-_INT = f"{_METHOD} int-quantized"
-_FLOAT = f"{_METHOD} float-quantized"
-_MXFP4, _MXFP6, _MXFP8 = (f"{_METHOD} {kind}" for kind in ("mxfp4", "mxfp6", "mxfp8"))
-_NVFP4 = f"{_METHOD} nvfp4"
-
-_FORMATS = {
-    "pack-quantized": {_PACKED}, "int-quantized": {_INT, _FLOAT},
-    "naive-quantized": {_INT, _FLOAT}, "float-quantized": {_INT, _FLOAT},
-    "mxfp4-pack-quantized": {_MXFP4}, "mxfp6-pack-quantized": {_MXFP6},
-    "mxfp8-quantized": {_MXFP8}, "nvfp4-pack-quantized": {_NVFP4},
-}  # fmt: skip
-"""Format → schemes: the three that store a weight's own tensor differ by its dtype alone, and
-files call them by each other's names."""
-
-_SPARSE = {
-    "marlin-24": "holds tiles in the order of one GPU's instructions, every other pair of weights "
-    "left out",
-    "sparse-24-bitmask": "leaves out two weights of four, and a merge would need them",
-    "sparse-bitmask": "leaves out the weights that are zero, and a merge would need them",
-}
-_SPARSE_PARTS = {".scale_packed": "marlin-24", ".bitmask": "sparse-bitmask"}
-
-
-def refuse_sparse(tensors: Mapping[str, object], config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedError for formats that have no room for a merged weight."""
-    sparsity = config.get("sparsity_config")
-    said = [config.get("format"), (sparsity or {}).get("format")] if config else []
-    named = [(name, _SPARSE_PARTS[end]) for name in tensors for end in _SPARSE_PARTS
-             if name.endswith(end)]  # fmt: skip
-    found = [(next(iter(tensors), "config.json"), word) for word in said if word in _SPARSE]
-    for name, word in [*named, *found]:
-        raise UnsupportedError(
-            f"{name}: stored as {_METHOD} {word}, which {_SPARSE[word]}", hint=ORIGINAL
-        )
-
-
-# ── what the config says of a module ──
-
-
-def group_of(found: Found) -> Mapping[str, Any]:
-    """Return the config's group that a module is in; empty if the config names none.
-
-    A name counts before a pattern, and that before a class, of which a checkpoint says nothing:
-    ``Linear`` then means every module.
-    """
-    groups = found.config.get("config_groups")
-    known = [g for g in groups.values() if _is_group(g)] if isinstance(groups, Mapping) else []
-    ranked = [(rank, group) for group in known if (rank := _rank(found.module, group)) is not None]
-    return min(ranked, key=lambda pair: pair[0])[1] if ranked else {}
-
-
-def _is_group(group: object) -> bool:
-    return isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-
-
-def _rank(module: str, group: Mapping[str, Any]) -> int | None:
-    targets = group.get("targets") or ["Linear"]
-    return min((rank for t in targets if (rank := _fit(module, str(t))) is not None), default=None)
-
-
-def _fit(module: str, target: str) -> int | None:
-    """Return how closely a target means a module, 0 the closest; None if it does not."""
-    if target == module:
-        return 0
-    if target.startswith("re:"):
-        return 1 if _matches(target[3:], module) else None
-    table = "embed" in module.rpartition(".")[2]
-    if target == ("Embedding" if table else "Linear"):
-        return 2
-    return 3 if target in ("Embedding", "Linear") else None
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except re.error:
-        return False
-
-
-def check_format(found: Found, scheme: str) -> None:
-    """Raise CorruptFileError where the config says another format than the tensors are in."""
-    if found.config.get("quant_method", _METHOD) != _METHOD:
-        return
-    word = _format(found)
-    if word and scheme not in _FORMATS[word]:
-        raise found.fault(scheme, f"the config says {word}")
-
-
-def _format(found: Found) -> str | None:
-    """Return the config's word for how a module is stored, if it is one of those above."""
-    word = group_of(found).get("format") or found.config.get("format")
-    return str(word) if word in _FORMATS else None
-
-
-def _is_said(found: Found, scheme: str, *, likely: bool) -> bool:
-    """Whether the config says that a module is so stored, or says nothing and it is likely."""
-    word = _format(found)
-    return scheme in _FORMATS[word] if word else likely
-
-
-def _arguments(found: Found, scheme: str, kind: str) -> Mapping[str, Any]:
-    """Return how the group's weights were quantised, after checking that they are of a kind."""
-    arguments: Mapping[str, Any] = group_of(found).get("weights") or {}
-    said = arguments.get("type") or kind
-    if str(said).lower() != kind:
-        raise found.fault(scheme, f"the config says that its weights are of type {said}")
-    return arguments
 
 
 def _bits(found: Found, scheme: str, kind: str, known: range) -> int:
-    return found.number(scheme, _arguments(found, scheme, kind), "num_bits", among=known)
+    return found.number(scheme, arguments_of(found, scheme, kind), "num_bits", among=known)
 
 
 def _block(found: Found, scheme: str, kind: str, shape: tuple[int, ...]) -> Block:
     """Return the block of a weight that shares a scale, by the config and by the scales."""
-    arguments = _arguments(found, scheme, kind)
+    arguments = arguments_of(found, scheme, kind)
     size = found.number(scheme, arguments, "group_size")
     structure = arguments.get("block_structure")
     scale = found.shape("scale")
@@ -182,18 +80,18 @@ def _structure(found: Found, scheme: str, said: object) -> tuple[int, int]:
 
 
 def _is_compressed(found: Found) -> bool:
-    return found.config.get("quant_method") == _METHOD
+    return found.config.get("quant_method") == METHOD
 
 
 def _understand_int(found: Found) -> Understood:
-    found.expect_rank(_INT, "weight", 2, 3)
+    found.expect_rank(INT, "weight", 2, 3)
     shape = found.shape("weight")
-    bits = _bits(found, _INT, "int", range(1, 9)) or 8
-    block = _block(found, _INT, "int", shape)
+    bits = _bits(found, INT, "int", range(1, 9)) or 8
+    block = _block(found, INT, "int", shape)
     if "zero_point" in found.names:
-        found.expect(_INT, "zero_point", found.shape("scale"))
-    elif _arguments(found, _INT, "int").get("symmetric") is False:
-        raise found.fault(_INT, "there is no .weight_zero_point")
+        found.expect(INT, "zero_point", found.shape("scale"))
+    elif arguments_of(found, INT, "int").get("symmetric") is False:
+        raise found.fault(INT, "there is no .weight_zero_point")
     return shape, lambda parts: IntBlocksWeight(shape, parts, block, bits), None
 
 
@@ -208,12 +106,12 @@ def _understand_float(found: Found, scheme: str) -> Understood:
 
 
 def _understand_mxfp8(found: Found) -> Understood:
-    found.expect_rank(_MXFP8, "weight", 2, 3)
+    found.expect_rank(MXFP8, "weight", 2, 3)
     *leading, columns = found.shape("weight")
     if columns % 32:
-        raise found.fault(_MXFP8, f"rows of {columns} are no groups of 32")
-    found.expect(_MXFP8, "scale", (*leading, columns // 32))
-    return _understand_float(found, _MXFP8)
+        raise found.fault(MXFP8, f"rows of {columns} are no groups of 32")
+    found.expect(MXFP8, "scale", (*leading, columns // 32))
+    return _understand_float(found, MXFP8)
 
 
 def _is_mxfp(found: Found, scheme: str, bits: int) -> bool:
@@ -222,14 +120,14 @@ def _is_mxfp(found: Found, scheme: str, bits: int) -> bool:
     if likely:
         six = found.shape("blocks")[-1:] == tuple(24 * n for n in found.shape("scales")[-1:])
         likely = six == (bits == 6)
-    return found.dtype("blocks") == "U8" and _is_said(found, scheme, likely=likely)
+    return found.dtype("blocks") == "U8" and is_said(found, scheme, likely=likely)
 
 
 def _is_mxfp8(found: Found) -> bool:
     if not _is_compressed(found) or found.dtype("weight") not in FLOATS8:
         return False
     likely = "scale" in found.names and found.dtype("scale") in EXPONENTS
-    return _is_said(found, _MXFP8, likely=likely)
+    return is_said(found, MXFP8, likely=likely)
 
 
 def _understand_mxfp(found: Found, scheme: str, bits: int) -> Understood:
@@ -245,39 +143,39 @@ def _understand_mxfp(found: Found, scheme: str, bits: int) -> Understood:
 
 
 def _understand_packed(found: Found) -> Understood:
-    found.expect_rank(_PACKED, "weight_packed", 2)
+    found.expect_rank(PACKED, "weight_packed", 2)
     shape, words = found.sizes("weight_shape"), found.shape("weight_packed")[1]
     if len(shape) != 2 or min(shape) < 1:
-        raise found.fault(_PACKED, f".weight_shape says {shape}")
-    bits = _bits(found, _PACKED, "int", range(1, 9)) or words * 32 // shape[1]
+        raise found.fault(PACKED, f".weight_shape says {shape}")
+    bits = _bits(found, PACKED, "int", range(1, 9)) or words * 32 // shape[1]
     if bits not in range(1, 9):
-        raise found.fault(_PACKED, f"{words} words a row do not hold {shape[1]} values")
+        raise found.fault(PACKED, f"{words} words a row do not hold {shape[1]} values")
     if found.shape("weight_packed") != (shape[0], -(-shape[1] * bits // 32)):
         raise found.fault(
-            _PACKED, f"{words} words a row do not hold {shape[1]} values of {bits} bits"
+            PACKED, f"{words} words a row do not hold {shape[1]} values of {bits} bits"
         )
     groups = _expect_groups(found, shape)
     if "weight_zero_point" in found.names:
         packed = (-(-shape[0] * bits // 32), groups)
         plain = found.dtype("weight_zero_point") == "I8"
-        found.expect(_PACKED, "weight_zero_point", found.shape("weight_scale") if plain else packed)
-    elif _arguments(found, _PACKED, "int").get("symmetric") is False:
-        raise found.fault(_PACKED, "there is no .weight_zero_point")
+        found.expect(PACKED, "weight_zero_point", found.shape("weight_scale") if plain else packed)
+    elif arguments_of(found, PACKED, "int").get("symmetric") is False:
+        raise found.fault(PACKED, "there is no .weight_zero_point")
     return shape, lambda parts: _with_groups(shape, parts, bits, groups), None
 
 
 def _expect_groups(found: Found, shape: tuple[int, ...]) -> int:
     """Return into how many groups a row falls."""
-    size = found.number(_PACKED, _arguments(found, _PACKED, "int"), "group_size")
+    size = found.number(PACKED, arguments_of(found, PACKED, "int"), "group_size")
     scale = found.shape("weight_scale")
-    if torch.Size(scale).numel() == 1 and size < 1:
+    if math.prod(scale) == 1 and size < 1:
         return 1
     groups = -(-shape[1] // size) if size > 0 else scale[-1] if scale else 0
     if groups < 1 or shape[1] % groups:
-        raise found.fault(_PACKED, f".weight_scale has shape {scale} for rows of {shape[1]}")
-    found.expect(_PACKED, "weight_scale", (shape[0], groups))
+        raise found.fault(PACKED, f".weight_scale has shape {scale} for rows of {shape[1]}")
+    found.expect(PACKED, "weight_scale", (shape[0], groups))
     if "weight_g_idx" in found.names:
-        found.expect(_PACKED, "weight_g_idx", shape[1:])
+        found.expect(PACKED, "weight_g_idx", shape[1:])
     return groups
 
 
@@ -295,62 +193,67 @@ _WORD8 = {
 _BYTES = {"blocks": (".weight_packed",), "scales": (".weight_scale",)}
 
 
-def _rows() -> Iterator[Scheme]:
-    optional, methods = frozenset({"zero_point"}), frozenset({_METHOD})
-    yield Scheme(
-        _INT,
+def _microscaled(scheme: str, bits: int) -> Scheme:
+    return Scheme(
+        scheme,
+        ".weight_packed",
+        _BYTES,
+        lambda found: _is_mxfp(found, scheme, bits),
+        lambda found: _understand_mxfp(found, scheme, bits),
+        methods=_METHODS,
+        dtypes={"scales": EXPONENTS},
+    )
+
+
+_OPTIONAL, _METHODS = frozenset({"zero_point"}), frozenset({METHOD})
+
+COMPRESSED_SCHEMES: tuple[Scheme, ...] = (
+    Scheme(
+        INT,
         ".weight",
         _WORD8,
         lambda found: _is_compressed(found) and found.dtype("weight") == "I8",
         _understand_int,
-        optional,
-        methods=methods,
+        _OPTIONAL,
+        methods=_METHODS,
         dtypes={"scale": FLOATS, "zero_point": ("I8", *FLOATS)},
-    )
-    yield Scheme(
-        _MXFP8,
+    ),
+    Scheme(
+        MXFP8,
         ".weight",
         _WORD8,
         _is_mxfp8,
         _understand_mxfp8,
-        optional,
-        methods=methods,
+        _OPTIONAL,
+        methods=_METHODS,
         dtypes={"scale": EXPONENTS},
-    )
-    yield Scheme(
-        _FLOAT,
+    ),
+    Scheme(
+        FLOAT,
         ".weight",
         _WORD8,
         lambda found: _is_compressed(found) and found.dtype("weight") in FLOATS8,
-        lambda found: _understand_float(found, _FLOAT),
-        optional,
-        methods=methods,
+        lambda found: _understand_float(found, FLOAT),
+        _OPTIONAL,
+        methods=_METHODS,
         dtypes={"scale": FLOATS, "zero_point": (*FLOATS, *FLOATS8)},
-    )
-    for scheme, bits in ((_MXFP6, 6), (_MXFP4, 4)):
-        yield Scheme(
-            scheme,
-            ".weight_packed",
-            _BYTES,
-            lambda found, scheme=scheme, bits=bits: _is_mxfp(found, scheme, bits),  # type: ignore[misc]
-            lambda found, scheme=scheme, bits=bits: _understand_mxfp(found, scheme, bits),  # type: ignore[misc]
-            methods=methods,
-            dtypes={"scales": EXPONENTS},
-        )
-    yield Scheme(
-        _NVFP4,
+    ),
+    _microscaled(MXFP6, 6),
+    _microscaled(MXFP4, 4),
+    Scheme(
+        NVFP4,
         ".weight_packed",
         {
             "weight": (".weight_packed",), "scale": (".weight_scale",),
             "global_scale": (".weight_global_scale",),
         },
         lambda found: found.dtype("weight") == "U8",
-        lambda found: understand_nvfp4(found, _NVFP4),
-        methods=methods,
+        lambda found: understand_nvfp4(found, NVFP4),
+        methods=_METHODS,
         dtypes={"scale": ("F8_E4M3",), "global_scale": FLOATS},
-    )  # fmt: skip
-    yield Scheme(
-        _PACKED,
+    ),
+    Scheme(
+        PACKED,
         ".weight_packed",
         {
             "weight_packed": (".weight_packed",), "weight_scale": (".weight_scale",),
@@ -360,12 +263,10 @@ def _rows() -> Iterator[Scheme]:
         lambda found: found.dtype("weight_packed") == "I32",
         _understand_packed,
         frozenset({"weight_zero_point", "weight_g_idx"}),
-        methods=methods,
+        methods=_METHODS,
         dtypes={
             "weight_scale": FLOATS, "weight_shape": WHOLE, "weight_zero_point": ("I32", "I8"),
             "weight_g_idx": ("I32", "I64"),
         },
-    )  # fmt: skip
-
-
-COMPRESSED_SCHEMES: tuple[Scheme, ...] = tuple(_rows())
+    ),
+)  # fmt: skip

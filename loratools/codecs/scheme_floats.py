@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import torch
 
 from loratools.codecs.float4 import MXFP4Weight, NVFP4Weight
 from loratools.codecs.fp8 import FP8Weight
@@ -66,10 +65,10 @@ def scale_block(
     Raises CorruptFileError where the scales of a weight of ``shape`` are neither these nor those
     of blocks of ``block``.
     """
-    scale, count = found.shape(part), torch.Size(found.shape(part)).numel()
-    matrices = torch.Size(shape[:-2] if len(shape) < 4 else ()).numel()
-    columns = shape[-1] if len(shape) < 4 else torch.Size(shape[1:]).numel()
-    rows = torch.Size(shape).numel() // columns
+    scale, count = found.shape(part), math.prod(found.shape(part))
+    matrices = math.prod(shape[:-2] if len(shape) < 4 else ())
+    columns = shape[-1] if len(shape) < 4 else math.prod(shape[1:])
+    rows = math.prod(shape) // columns
     if count == 1 or (count == rows and scale[-1:] in ((1,), (rows // matrices,))):
         return None
     if len(shape) > 3:
@@ -114,7 +113,7 @@ def understand_nvfp4(found: Found, scheme: str) -> Understood:
         raise found.fault(scheme, f"rows of {packed * 2} are no groups of 16")
     found.expect(scheme, "scale", (rows, packed // 8))
     for part in ("scale_2", "global_scale"):
-        if part in found.names and torch.Size(found.shape(part)).numel() != 1:
+        if part in found.names and math.prod(found.shape(part)) != 1:
             raise found.fault(scheme, f"{found.ending(part)} has shape {found.shape(part)}")
     shape = (rows, packed * 2)
     return shape, lambda parts: NVFP4Weight(shape, parts), "BF16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,7 +23,7 @@ def _is_gptq(found: Found) -> bool:
     # AWQ packs along the outputs, so its words are fewer than its scales.
     method = found.config.get("quant_method")
     if method in ("gptq", "awq"):
-        return method == "gptq"
+        return bool(method == "gptq")
     if "scales" not in found.names or "g_idx" in found.names:
         return True
     return found.shape("qweight")[1:] == found.shape("scales")[1:]
@@ -54,7 +55,7 @@ def _understand_gptq(found: Found) -> Understood:
 def _group_size(found: Found, columns: int, groups: int) -> int:
     """Return how many inputs share a scale, which the number of scales has to bear out."""
     size = found.number("gptq", found.config, "group_size") or columns // groups
-    size = columns if size < 1 else size
+    size = columns if size < 1 else min(size, columns)
     if "g_idx" in found.names:
         found.expect("gptq", "g_idx", (columns,))
     if -(-columns // size) != groups:
@@ -101,7 +102,7 @@ def _understand_hqq(found: Found) -> Understood:
     bits, size, axis = (_one(found, part) for part in ("nbits", "group_size", "axis"))
     if bits not in _HQQ_PER_WORD:
         raise found.unknown("hqq", f"with nbits {bits}")
-    count = torch.Size(shape).numel()
+    count = math.prod(shape)
     if axis not in (0, 1) or size < 1 or len(shape) != 2 or count < 1 or count % size:
         raise found.fault("hqq", f"{shape} is no matrix of groups of {size} along axis {axis}")
     groups = count // size

@@ -7,11 +7,11 @@ the weight's name, says which subclass it was, with its attributes as JSON.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loratools.codecs.float4 import MXFP4Weight
@@ -94,11 +94,11 @@ def _block(found: Found, scheme: str, shape: tuple[int, ...], said: object) -> B
     """Return the block of a matrix that shares a scale, which the scales have to bear out."""
     sizes = [int(n) for n in said] if _are_sizes(said, len(shape)) else None  # type: ignore[attr-defined]
     if sizes is None or any(n != 1 for n in sizes[:-2]):
-        if torch.Size(found.shape("scale")).numel() == 1:
+        if math.prod(found.shape("scale")) == 1:
             return None
         raise found.fault(scheme, f"block_size is {said!r} for a weight of {shape}")
     counts = tuple(-(-n // size) for n, size in zip(shape, sizes, strict=True))
-    one = torch.Size(counts).numel() == 1
+    one = math.prod(counts) == 1
     shapes = [counts, counts[:-1]] if counts[-1] == 1 else [counts]
     found.expect(scheme, "scale", *shapes, *([(), (1,)] if one else []))
     return sizes[-2], sizes[-1]
@@ -120,7 +120,7 @@ def _understand_int8(scheme: str, found: Found) -> Understood:
     if "zero_point" in found.names:
         found.expect(scheme, "zero_point", found.shape("scale"))
     target = attributes.get("target_dtype")
-    said = target.get("_data") if isinstance(target, Mapping) else "int8"
+    said = str(target.get("_data")) if isinstance(target, Mapping) else "int8"
     if said not in _BITS:
         raise found.unknown(scheme, f"of {said}")
     bits = _BITS[said]
@@ -192,11 +192,12 @@ def _unswizzled(found: Found, scheme: str) -> Mapping[str, Any]:
 
 
 def _understand_other(found: Found) -> Understood:
-    kind = _described(found).get("_type")
-    if kind is None:
+    described = _described(found)
+    if "_type" not in described:
         raise found.fault(
             "torchao", f"the file's header says nothing of {weight_name(found.module)}"
         )
+    kind = str(described["_type"])
     reason = f"in {_TILES[kind]}" if kind in _TILES else "in a layout"
     raise found.unknown(f"torchao {kind}", reason)
 

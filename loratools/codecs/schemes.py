@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loratools.codecs.scheme_compressed import check_format, refuse_sparse
 from loratools.codecs.scheme_floats import cast_packing
+from loratools.codecs.scheme_groups import check_format, refuse_sparse
 from loratools.codecs.scheme_orphans import CODES, refuse_orphans, schemes_of
 from loratools.codecs.scheme_records import (
     FLOATS,
@@ -108,6 +108,8 @@ _AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 def _in_own_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config with ``quant_method`` as the table has it."""
     method = config.get("quant_method")
+    if method is not None and not isinstance(method, str):
+        return {**config, "quant_method": str(method)}
     if method in ("auto-round", "intel/auto-round"):
         layout = _AUTO_ROUND.get(str(config.get("packing_format")))
         return {**config, "quant_method": layout or f"{method} {config.get('packing_format')}"}

@@ -85,6 +85,8 @@ class LargeFile:
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
+        if stopped.is_set():
+            raise CancelledError
         # A signed address on another host needs no token, and must not see it.
         away = urlsplit(self._place).netloc != urlsplit(self._url).netloc
         headers = build_hf_headers(token=False if away else None, library_name="loratools")

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from loratools.adapter import Adapter, in_natural_order
 from loratools.adapter_io import save_adapter
 from loratools.basemodel import elements
@@ -34,6 +36,7 @@ from loratools.tensorfiles.dtypes import DTYPES
 _ENDINGS = {"peft": "", "diffusers": "", "gguf": ".gguf", "comfyui": ".safetensors"}
 """Formats of residual adapters → how their names end; those without an ending are folders."""
 _TABLES = ("token_embd", "output")
+_NOISE = 4 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +153,12 @@ def plan_residual(
 
 
 def left_nothing(results: Results) -> bool:
-    """Return whether rounding left nothing at all out of the change."""
-    return not any(residual.square for residual in _found(results).values())
+    """Return whether rounding left no more out of any tensor than float32's own rounding does."""
+    return not any(
+        result.residual and result.residual.square > (_NOISE * result.result_norm) ** 2
+        for found in results.values()
+        for result in found.values()
+    )
 
 
 def _found(results: Results) -> dict[tuple[str, str], Residual]:
@@ -194,7 +201,8 @@ def _gathering(
 def _with_wishes(checkpoint: Checkpoint, wishes: Mapping[str, ResidualWish]) -> Checkpoint:
     def wishing(work: TensorWork) -> TensorWork:
         whole = wishing(work.whole) if work.whole else None
-        return replace(work, whole=whole, residual=wishes.get(work.name))
+        # The part that holds the codes may be called as the whole is.
+        return replace(work, whole=whole, residual=wishes.get(work.name) if work.folds else None)
 
     files = tuple(
         replace(file, tensors=tuple(wishing(work) for work in file.tensors))

@@ -167,7 +167,7 @@ def _pattern(text: str) -> str | None:
 
 
 def _hub_id(text: str) -> str | None:
-    if not _HUB_ID.fullmatch(text) or _exists(Path(text).parent):
+    if not _HUB_ID.fullmatch(text) or text.endswith(_WEIGHTS) or _exists(Path(text).parent):
         return None
     return f"if it is on the Hub, write hf://{text}; paths start in {Path.cwd()}"
 

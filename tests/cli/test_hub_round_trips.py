@@ -24,11 +24,12 @@ WEIGHTS = (".safetensors", ".gguf", ".bin")
 
 @pytest.fixture(autouse=True)
 def bases(hub: HubServer) -> HubServer:
-    """The Hub with the cards of two base models."""
+    """The Hub with the cards of base models."""
     llama = b"---\nlicense: llama3.1\npipeline_tag: text-generation\n---\n"
     sdxl = b"---\nlicense: openrail++\npipeline_tag: text-to-image\n---\n"
     hub.add(LLAMA, {"README.md": llama})
     hub.add(SDXL, {"README.md": sdxl})
+    hub.add("free/model", {"README.md": b"---\nlicense: mit\n---\n"})
     return hub
 
 
@@ -130,7 +131,7 @@ def test_what_is_pushed_comes_back_byte_for_byte(
         (("--base-model", "meta/nothing"), "not on the Hub"),
         (("--base-model", LLAMA, "--license", "apache-2.0"), "conflicts with llama3.1"),
         (("--base-model", LLAMA, "--base-model", SDXL), "licences differ"),
-        (("--base-model", SDXL, "--license", "my-own"), "my-own"),
+        (("--base-model", "free/model", "--license", "my-own"), "refuses the card"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_uploaded(

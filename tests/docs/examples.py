@@ -17,7 +17,7 @@ RANK = 32
 
 
 def make_files(folder: Path) -> None:
-    """Make a base, as a folder and as a GGUF file, three adapters for it and one for SDXL."""
+    """Make a base, as a folder and as a GGUF file, four adapters for it and one for SDXL."""
     from loratools.demo import make_adapter, make_base
     from tests.gguf_demo import write_demo_gguf
     from tests.image_adapters import write_kohya_sdxl
@@ -25,9 +25,18 @@ def make_files(folder: Path) -> None:
     make_base(folder / "base")
     make_adapter(folder / "adapter")
     make_adapter(folder / "style", seed=2)
+    make_adapter(folder / "qlora", seed=3)
+    record_base(folder / "qlora", "base-nf4")
     write_kohya_sdxl(folder / "ink.safetensors")
     write_wide(folder / "wide")
     write_demo_gguf(folder / "base", folder / "model.gguf")
+
+
+def record_base(adapter: Path, name: str) -> None:
+    """Write into an adapter's config which base it was trained on, as PEFT does."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**config, "base_model_name_or_path": name}), "utf-8")
 
 
 def write_wide(folder: Path) -> None:

@@ -44,6 +44,9 @@ rebase adapter --from base --onto o1 -o b1 --rank 2
 rebase adapter --from base --onto o1 --rank 0
 quantize plain.gguf -o q1.gguf --to q8_0
 dequantize q1.gguf -o q2.gguf
+quantize base -o base-nf4 --to nf4
+quantize base -o q3 --for-adapter qlora
+dequantize base -o q4 --for-adapter qlora
 diff adapter style
 inspect adapter --spectrum
 inspect adapter --base base --plot p.svg

@@ -15,7 +15,7 @@ from loratools import adapter_io, compute
 from loratools.codecs.ggml import GGML_TYPES
 from loratools.codecs.mlx_affine import quantise_mlx
 from loratools.convert import convert_adapter
-from loratools.errors import LoratoolsError, OptionError, OutputError, UnsupportedError
+from loratools.errors import LoratoolsError, MatchError, OptionError, OutputError, UnsupportedError
 from loratools.merge import merge_into_base
 from loratools.planning import residual as residual_module
 from loratools.quantize import dequantize_base
@@ -63,8 +63,7 @@ def assert_exact(wanted: Tensor, found: Tensor) -> None:
 @pytest.mark.parametrize(
     ("quant", "rounding"),
     [
-        (None, "nearest"), (None, "adapter-aware"), ("q8_0", "nearest"), ("q4_0", "adapter-aware"),
-        ("q2_k", "nearest"),
+        (None, "nearest"), ("q8_0", "nearest"), ("q4_0", "adapter-aware"),
     ],
 )  # fmt: skip
 def test_every_touched_block_and_its_residual_are_the_sum(
@@ -455,6 +454,23 @@ def test_a_change_that_rounds_away_is_in_the_residual(tmp_path: Path) -> None:
     rest = load_file(tmp_path / "out-residual" / "adapter_model.safetensors")
     down, up = (rest[f"base_model.model.{TOUCHED}.lora_{x}.weight"].double() for x in "AB")
     assert float((up @ down - change).norm() / change.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("strengths", [(0.7, -0.7), (0.1, 0.2, -0.3)])
+def test_adapters_that_cancel_each_other_leave_nothing(
+    tmp_path: Path, strengths: tuple[float, ...]
+) -> None:
+    base = write_base(tmp_path / "base", "gptq")
+    checkpoints.write_adapter(tmp_path / "adapter", base, size=0.01)
+    with pytest.raises(MatchError, match="cancel each other"):
+        merge_into_base(
+            base.path,
+            [(tmp_path / "adapter", strength) for strength in strengths],
+            tmp_path / "out",
+            quant="keep",
+            residual_rank=2,
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
 def test_the_same_bytes_for_any_number_of_threads(

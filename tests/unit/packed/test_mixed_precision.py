@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loratools.codecs.scheme_compressed import group_of
+from loratools.codecs.scheme_groups import group_of
 from loratools.codecs.scheme_records import Found
 from loratools.errors import CorruptFileError
 from loratools.quantize import dequantize_base
