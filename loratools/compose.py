@@ -21,7 +21,7 @@ from loratools.composition.job import (
     plan_job,
     settle_target,
 )
-from loratools.composition.layers import Outcome, combine_layer, padded_to
+from loratools.composition.layers import Outcome, combine_layer
 from loratools.composition.matching import Column
 from loratools.composition.results import check_results, describe, result_notes
 from loratools.composition.weights import parse_weights

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loratools.codecs.float4 import MXFP4Weight, NVFP4Weight
+from loratools.codecs.fp8 import FP8Weight
 from loratools.codecs.hqq import HQQWeight
 from loratools.codecs.int_words import AWQWeight, GPTQWeight
 from loratools.codecs.mlx_affine import MLXWeight
@@ -127,8 +130,7 @@ _MLX_BITS, _MLX_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
 
 
 def _understand_mlx(found: Found) -> Understood:
-    own = found.config.get(found.module)
-    config = own if isinstance(own, Mapping) else found.config
+    config = _mlx_words(found)
     if str(config.get("mode") or "affine") != "affine":
         raise found.unknown(_MLX, f"in the {config['mode']} mode")
     for part in ("weight", "scales"):
@@ -144,6 +146,62 @@ def _understand_mlx(found: Found) -> Understood:
         found.expect(_MLX, part, (*leading, columns // size))
     shape = (*leading, columns)
     return shape, lambda parts: MLXWeight(shape, parts, bits), found.dtype("scales")
+
+
+def _mlx_words(found: Found) -> Mapping[str, Any]:
+    """Return what the config says of a module, or of all of them."""
+    own = found.config.get(found.module)
+    return own if isinstance(own, Mapping) else found.config
+
+
+def _mxfp4(shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> PackedWeight:
+    blocks = parts["blocks"].view(torch.uint8)
+    return MXFP4Weight(shape, {"blocks": blocks, "scales": parts["scales"]})
+
+
+def _nvfp4(shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> PackedWeight:
+    scale = parts["scales"].view(torch.float8_e4m3fn)
+    return NVFP4Weight(shape, {"weight": parts["weight"].view(torch.uint8), "scale": scale})
+
+
+def _mxfp8(shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> PackedWeight:
+    weight = parts["weight"].view(torch.float8_e4m3fn)
+    return FP8Weight(shape, {"weight": weight, "scale": parts["scales"]}, (1, 32))
+
+
+_MLX_MODES = {"mxfp4": (4, 32, _mxfp4), "nvfp4": (4, 16, _nvfp4), "mxfp8": (8, 32, _mxfp8)}
+"""Mode → bits, inputs per scale, and what makes the weight of words that are bytes in a row."""
+
+
+def _understand_mlx_mode(found: Found, mode: str) -> Understood:
+    scheme = f"mlx {mode}"
+    bits, size, make = _MLX_MODES[mode]
+    config = _mlx_words(found)
+    found.number(scheme, config, "bits", among=(bits,))
+    found.number(scheme, config, "group_size", among=(size,))
+    codes = next(part for part in found.names if part != "scales")
+    for part in found.names:
+        found.expect_rank(scheme, part, 2, 3)
+    *leading, words = found.shape(codes)
+    columns = words * 32 // bits
+    if columns % size:
+        raise found.fault(scheme, f"rows of {columns} are no groups of {size}")
+    shape = (*leading, columns)
+    found.expect(scheme, "scales", (*leading, columns // size))
+    return shape, lambda parts: make(shape, parts), "BF16"
+
+
+def _mlx_mode(mode: str) -> Scheme:
+    codes = "blocks" if mode == "mxfp4" else "weight"
+    return Scheme(
+        f"mlx {mode}",
+        ".weight",
+        {codes: (".weight",), "scales": (".scales",)},
+        lambda found: found.dtype(codes) == "U32" and _mlx_words(found).get("mode") == mode,
+        lambda found: _understand_mlx_mode(found, mode),
+        methods=frozenset({"mlx"}),
+        dtypes={"scales": ("U8",)},
+    )
 
 
 def _always(found: Found) -> bool:
@@ -188,6 +246,7 @@ INT_SCHEMES: tuple[Scheme, ...] = (
             "nbits": WHOLE, "group_size": WHOLE, "axis": WHOLE,
         },
     ),
+    *(_mlx_mode(mode) for mode in _MLX_MODES),
     Scheme(
         _MLX,
         ".weight",

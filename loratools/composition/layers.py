@@ -13,6 +13,7 @@ from torch import Tensor
 from loratools.composition.matching import Column
 from loratools.deltas import AdditiveDelta, ExpertLoRA, FullDelta, LoRA
 from loratools.deltas.lora import Role
+from loratools.deltas.one_scale import padded_to
 from loratools.errors import InputError, NonFiniteError, UnsupportedError
 from loratools.linalg.gram import product_norm
 from loratools.merge_methods import load_function
@@ -236,13 +237,3 @@ def _experts(
     missed = sum(one.missed for one in each)
     error = math.sqrt(missed / (missed + norm**2)) if norm else 0.0
     return Outcome(found, norm, error, torch.stack([one.gram for one in each]).sum(dim=0))
-
-
-def padded_to(lora: LoRA, rank: int) -> LoRA:
-    """Return the same change with zeros up to ``rank``, at the same scale."""
-    more = rank - lora.rank
-    if not more:
-        return lora
-    down = torch.cat([lora.down, lora.down.new_zeros(more, *lora.down.shape[1:])])
-    up = torch.cat([lora.up, lora.up.new_zeros(len(lora.up), more, *lora.up.shape[2:])], dim=1)
-    return LoRA(down, up, lora.scale * rank, lora.bias, lora.role)

@@ -85,6 +85,15 @@ FORMATS: tuple[FormatRow, ...] = (
         extracts=False,
     ),
     FormatRow(
+        "mlx",
+        "MLX (mlx-lm)",
+        "loratools.formats.mlx",
+        ("lora", "dora", "expert_lora", "replacement"),
+        models=("language",),
+        file="adapters.safetensors",
+        extracts=False,
+    ),
+    FormatRow(
         "diffusers-old",
         "diffusers of 2023 (attention processors)",
         "loratools.formats.diffusers_old",

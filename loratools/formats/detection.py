@@ -8,6 +8,7 @@ from functools import partial
 
 from loratools.formats.alphas import ADAPTER_WORDS
 from loratools.formats.format import Listing
+from loratools.formats.mlx_config import is_mlx_config
 from loratools.formats.parameters import is_carried, split_dotted, split_flattened
 from loratools.formats.peft_config import CONFIG_NAME
 
@@ -28,6 +29,7 @@ DENOISER = re.compile(
 
 _CLONEOFSIMO = re.compile(r"^(?:unet|text_encoder):\d+:(?:up|down)$")
 _GGUF = re.compile(r"\.weight\.lora_[ab]$")
+_MLX = re.compile(r"\.lora_[ab]$")
 _PROCESSOR = re.compile(r"(?:^|\.)processor\.")
 _XLABS = re.compile(r"^(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.")
 _OLD = re.compile(r"(?:_lora|\.lora|\.lora_linear_layer)\.(?:down|up)\.weight$")
@@ -127,12 +129,19 @@ def _is_gguf(names: list[str], listing: Listing) -> bool:
     return listing.metadata.get("general.type") == "adapter" and any(map(_GGUF.search, names))
 
 
+def _is_mlx(names: list[str], listing: Listing) -> bool:
+    """mlx-lm's factors, or whole tensors that its config announces."""
+    factors = any(map(_MLX.search, names)) and not any(map(_GGUF.search, names))
+    return factors or is_mlx_config(listing.sidecars.get(CONFIG_NAME))
+
+
 def _is_control_lora(names: list[str], listing: Listing) -> bool:
     return CONTROL_MARKER in names
 
 
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("gguf", _is_gguf),
+    ("mlx", _is_mlx),
     ("cloneofsimo", _some(_CLONEOFSIMO)),
     ("comfyui", _is_control_lora),
     ("kohya", _is_flattened),

@@ -43,7 +43,7 @@ FLOAT_OF_TYPE: Mapping[str, str] = {
         ("deepseek_v32", "glm_moe_dsa", "axk2", "mistral_large4", "mistral_large4_text"),
         r"indexer\.weights_proj$",
     ),
-    "deepseek_v4": r"compressor\.((indexer\.)?(gate|kv)_proj|indexer\.scorer\.weights_proj)$|o_a_proj$",
+    "deepseek_v4": r"compressor\.(indexer\.)?(gate|kv|scorer\.weights)_proj$|o_a_proj$",
     "blip-2": r"(^|\.)qformer\.",
     # classes of their own, derived from nn.Linear
     "falcon": r"\.(self_attention|mlp)\.",

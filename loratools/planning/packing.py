@@ -28,6 +28,9 @@ from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS
 __all__ = ["PACKED_TARGETS", "Packed", "pack_works", "plan_packing"]
 
 _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.(weight|\w+\.weight)$")
+_BITSANDBYTES = (BnB4Packer, Int8Packer)
+# transformers 5.23 quantizers/base.py: MODULES_TO_PATCH_FOR_QUANTIZATION.
+_ONE_BY_ONE = frozenset({"llama4", "llama4_text"})
 _EXPERT = re.compile(r"(\w+\.experts)\.")
 
 
@@ -55,6 +58,7 @@ def plan_packing(
     only: Collection[str] | None = None,
 ) -> tuple[Checkpoint, tuple[Note, ...]]:
     """Plan the linear layers of a checkpoint in a packed scheme; see ``pack_works``."""
+    _refuse_unloadable(base, target)
     packed = pack_works(base, target, title, dtype=dtype, only=only)
     shards = tuple(replace(shard, metadata={"format": target.metadata}) for shard in base.shards)
     whole = replace(base, shards=shards)
@@ -157,7 +161,8 @@ def _left(base: BaseModel, chosen: Collection[str], layers: LinearLayers) -> lis
     stay = (
         tensor.name.removesuffix(".weight")
         for tensor in base.tensors.values()
-        if tensor.name not in chosen and _is_matrix(tensor) and layers.is_linear(tensor.name)
+        if tensor.name not in chosen
+        and (_EXPERT.search(tensor.name) or (_is_matrix(tensor) and layers.is_linear(tensor.name)))
     )
     # All experts by one word: there may be thousands.
     return sorted({match[1] if (match := _EXPERT.search(name)) else name for name in stay})
@@ -187,13 +192,25 @@ def _refuse(base: BaseModel, target: Target, layers: LinearLayers) -> None:
             f"{base.path}: quantised already, or GGUF",
             hint="`loratools dequantize` it first; better, give the 16-bit original",
         )
-    if isinstance(target.packer, BnB4Packer | Int8Packer):
+    if isinstance(target.packer, _BITSANDBYTES):
         return
     if any(map(layers.is_turned, base.tensors)):
         raise UnsupportedError(
             f"{base.path}: its layers are stored turned over (Conv1D), which "
             f"{target.packer.scheme} has no word for",
             hint="use nf4, fp4 or int8, which bitsandbytes turns back",
+        )
+
+
+def _refuse_unloadable(base: BaseModel, target: Target) -> None:
+    """Refuse what transformers quantises in memory and cannot load again."""
+    fused = any(name.endswith(".experts.gate_up_proj") for name in base.tensors)
+    types = _ONE_BY_ONE.intersection(map(str, base.config_words("model_type")))
+    if fused and types and isinstance(target.packer, _BITSANDBYTES):
+        raise UnsupportedError(
+            f"{base.path}: transformers loads Llama 4 from bitsandbytes with its experts one by "
+            "one alone, and here they are one tensor",
+            hint="use --to fp8, or let bitsandbytes quantise it while loading",
         )
 
 

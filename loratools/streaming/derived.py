@@ -60,11 +60,11 @@ def round_trip(tensor: BaseTensor, work: TensorWork, config: Mapping[str, Any]) 
         work: packs it.
         config: ``config.json`` as it is when the weight is packed.
     """
+    count, columns = _matrix(tensor)
     held = _Held(lambda: PackedSource(_packed(work, config)))
 
     def rows(start: int, stop: int) -> Tensor:
-        source = held.get(last=stop >= tensor.shape[0])
-        columns = tensor.shape[-1]
+        source = held.get(last=stop >= count)
         return source.read(start * columns, stop * columns).view(stop - start, columns)
 
     return _derived(tensor, "F32", tensor.shape, rows)
@@ -87,18 +87,24 @@ def _derived(tensor: BaseTensor, dtype: str, shape: tuple[int, ...], rows: Rows)
     return BaseTensor(tensor.name, dtype, shape, tensor.file, rows=rows)
 
 
+def _matrix(tensor: BaseTensor) -> tuple[int, int]:
+    """Return the rows and columns by which values are read: a vector's numbers are rows."""
+    columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+    return elements(tensor.shape) // max(columns, 1), columns
+
+
 def _reader(tensor: BaseTensor) -> Rows:
     """Return what reads rows of any tensor, packed ones in float32."""
-    columns = elements(tensor.shape[1:])
+    count, columns = _matrix(tensor)
     if tensor.rows is not None:
         return tensor.rows
     if tensor.packed is None:
-        flat = replace(tensor, shape=(elements(tensor.shape[:1]), columns))
+        flat = replace(tensor, shape=(count, columns))
         return lambda start, stop: read_rows(flat, torch.arange(start, stop))
     held = _Held(lambda: PackedSource(tensor))
 
     def rows(start: int, stop: int) -> Tensor:
-        source = held.get(last=stop >= tensor.shape[0])
+        source = held.get(last=stop >= count)
         return source.read(start * columns, stop * columns).view(stop - start, columns)
 
     return rows

@@ -9,9 +9,10 @@ ADAPTER_WEIGHTS = (
     "adapter_model.bin",
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
+    "adapters.safetensors",
 )
-"""What an adapter folder's weights are called, PEFT's names and diffusers'; the first that exists
-is read, as PEFT does."""
+"""What an adapter folder's weights are called, PEFT's names, diffusers' and mlx-lm's; the first
+that exists is read, as PEFT does."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 

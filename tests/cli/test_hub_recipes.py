@@ -60,7 +60,7 @@ def test_a_recipe_from_the_hub_has_the_bytes_of_the_commands(
 def test_what_the_hub_has_not_is_told_before_anything_runs(
     there: HubServer, here: Path, run: Run
 ) -> None:
-    text = RECIPE.replace("hf://me/second", "hf://me/secnd").replace("revision: v1", "revision: v9")
+    text = RECIPE.replace("hf://me/second", "hf://me/sekond").replace("revision: v1", "revision: v9")
     text += "  wrong:\n    resize: hf://me/base\n    rank: 2\n    output: wrong\n"
     text += "  gone:\n    merge: [hf://me/base@v7, hf://me/adapter/no.safetensors]\n    output: g\n"
     done = play(run, text)
@@ -69,7 +69,7 @@ def test_what_the_hub_has_not_is_told_before_anything_runs(
     lines = done.document["message"].splitlines()
     assert lines[0] == "recipe.yaml: 5 faults:"
     expected = (
-        "line 7: step merged: hf://me/secnd: no such repository",
+        "line 7: step merged: hf://me/sekond: no such repository",
         "line 10: step fetched: hf://me/second@v9: no such revision",
         "line 14: step wrong: hf://me/base: no adapter weights in there",
         "line 18: step gone: hf://me/base@v7: no such revision",

@@ -47,6 +47,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+FAST = ("nf4 double, computed in float16", "made in float16, computed in bfloat16", "int8")
+EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
 @pytest.fixture(scope="module")
 def transformers() -> Any:
     pytest.importorskip("bitsandbytes")
@@ -104,7 +108,7 @@ def logits(transformers: Any, folder: Path) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", EVERY)
 def test_the_original_is_quantised_as_the_trained_base_was(
     transformers: Any, plain: Path, tmp_path: Path, name: str
 ) -> None:
@@ -147,7 +151,7 @@ def weights_seen(transformers: Any, trained: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", EVERY)
 def test_the_weights_are_those_that_the_adapter_saw(
     transformers: Any, plain: Path, tmp_path: Path, name: str
 ) -> None:
@@ -166,8 +170,17 @@ def test_the_weights_are_those_that_the_adapter_saw(
         logits(transformers, tmp_path / label)
 
 
-@pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.parametrize("dtype", [None, "fp32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("nf4 double, computed in float16", None),
+        ("made in float16, computed in bfloat16", "fp32"),
+        pytest.param("made in float16, computed in bfloat16", None, marks=pytest.mark.slow),
+        pytest.param("modules skipped", None, marks=pytest.mark.slow),
+        pytest.param("stored as bfloat16", "fp16", marks=pytest.mark.slow),
+        pytest.param("int8", None, marks=pytest.mark.slow),
+    ],
+)
 def test_one_step_is_two_steps(
     transformers: Any, plain: Path, tmp_path: Path, name: str, dtype: str | None
 ) -> None:
@@ -179,6 +192,28 @@ def test_one_step_is_two_steps(
     assert one.keys() == two.keys()
     assert all(same_bytes(one[key], two[key]) for key in one)
     assert config(tmp_path / "one") == config(tmp_path / "two")
+
+
+def test_loftq_is_bitsandbytes_on_the_adapters_layers(
+    transformers: Any, plain: Path, tmp_path: Path
+) -> None:
+    """PEFT's own needs a GPU: its one step is this, in float32 and back in the weight's type."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    file = tmp_path / "adapter" / "adapter_config.json"
+    words = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **words}))
+    dequantize_base(plain, tmp_path / "out", for_adapter=tmp_path / "adapter")
+    for name, weight in tensors(plain).items():
+        expected = weight
+        if "q_proj" in name:
+            coded, state = functional.quantize_4bit(weight.float(), quant_type="nf4")
+            expected = functional.dequantize_4bit(coded, state).to(weight.dtype)
+        assert torch.equal(tensors(tmp_path / "out")[name], expected), name
 
 
 def test_another_scheme_is_refused_naming_both(

@@ -106,6 +106,21 @@ def test_mlx_affine_is_byte_identical(bits: int, group: int) -> None:
     assert np.array_equal(ours.decode(0, 24).numpy(), np.array(decoded))
 
 
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_mlx_modes_of_floats_are_bit_identical(mode: str) -> None:
+    mx = pytest.importorskip("mlx.core")
+    words, scales = mx.quantize(mx.array(uneven(24, 256).numpy()), mode=mode)
+    stored = {
+        "weight": torch.from_numpy(np.array(words)),
+        "scales": torch.from_numpy(np.array(scales)),
+    }
+    ours = read(stored, {"mode": mode})
+    expected = mx.dequantize(words, scales, mode=mode, dtype=mx.float32)
+    decoded = ours.decode(0, 24)
+    assert np.array_equal(decoded.numpy(), np.array(expected))
+    assert_codes_survive(ours, decoded)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_pack_quantized_reads_what_compressed_tensors_packs(bits: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,45 @@ def test_older_bases_say_it_in_a_file_of_its_own(base: Path, adapter: Path, tmp_
     folder = trained(tmp_path / "t", None)
     (folder / "quant_config.json").write_text("{}")
     refused(UnsupportedError, "awq", base, record(adapter, folder), tmp_path / "out")
+
+
+def test_every_shape_is_read_in_its_own_rows(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Experts in one packed tensor, vectors and convolutions that are rounded twice."""
+    folder = tmp_path / "mx"
+    shutil.copytree(base, folder)
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    packed = {
+        f"{experts}_blocks": torch.randint(0, 256, (2, 6, 3, 16), dtype=torch.uint8),
+        f"{experts}_scales": torch.randint(110, 130, (2, 6, 3), dtype=torch.uint8),
+    }
+    more = {"conv.weight": torch.randn(3, 4, 2, 2).bfloat16(), "none": torch.zeros(0, 4)}
+    save_file({**tensors(base), **packed, **more}, folder / "model.safetensors", {"format": "pt"})
+    words = {"quant_method": "mxfp4"}
+    edit(folder / "config.json", quantization_config=words)
+    record(adapter, trained(tmp_path / "t", words))
+    dequantize_base(folder, tmp_path / "one", for_adapter=adapter)
+    dequantize_base(folder, tmp_path / "two")
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one[experts].shape == (2, 96, 6)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    # A trained base of float16 from one of bfloat16, its plain tensors rounded on the way too.
+    save_file({**tensors(base), **more}, base / "model.safetensors", {"format": "pt"})
+    record(adapter, trained(tmp_path / "half", NF4, dtype="float16"))
+    dequantize_base(base, tmp_path / "three", for_adapter=adapter, dtype="fp32")
+    for name, tensor in more.items():
+        assert torch.equal(tensors(tmp_path / "three")[name], tensor.half().float()), name
+
+
+def test_llama_4_is_not_written_so_that_nobody_loads_it(base: Path, tmp_path: Path) -> None:
+    """transformers' own quantised Llama 4 does not load in transformers 5.23 either."""
+    fused = {"model.layers.0.feed_forward.experts.gate_up_proj": torch.randn(2, 64, 256)}
+    save_file({**tensors(base), **fused}, base / "model.safetensors", {"format": "pt"})
+    edit(base / "config.json", model_type="llama4_text")
+    with pytest.raises(UnsupportedError, match="Llama 4"):
+        quantize_base(base, tmp_path / "out", to="nf4")
+    quantize_base(base, tmp_path / "fp8", to="fp8")
+    left = config(tmp_path / "fp8")["quantization_config"]["modules_to_not_convert"]
+    assert left == ["feed_forward.experts", "lm_head"]
 
 
 def test_what_already_is_so_is_not_written_again(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_the_config_names_an_unknown_scheme(broken: Broken) -> None:
         ("mlx", {"bits": 7}),
         ("mlx", {"bits": 8}),
         ("mlx", {"group_size": 48}),
-        ("mlx", {"mode": "mxfp4"}),
+        ("mlx", {"mode": "mxfp2"}),
         ("fp8 blocks", {"weight_block_size": [64, 64]}),
         ("fp8 blocks", {"weight_block_size": "128"}),
         ("fp8 exponents", {"weight_block_size": [0, 32]}),

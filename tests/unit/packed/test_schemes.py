@@ -130,6 +130,34 @@ def test_experts_of_gpt_oss_are_found_under_their_own_name() -> None:
     assert (packing.weight, packing.shape) == ("experts.gate_up_proj", (2, 6, 96))
 
 
+@pytest.mark.parametrize(
+    ("mode", "case", "codes", "scales", "factor"),
+    [
+        ("mxfp4", "mxfp4", "blocks", "scales", 1.0),
+        ("nvfp4", "nvfp4-modelopt", "weight", "scale", 1 / 0.37),
+        ("mxfp8", "fp8-exponents-32", "weight", "scale", 1.0),
+    ],
+)
+def test_mlx_stores_small_floats_in_words(
+    mode: str, case: str, codes: str, scales: str, factor: float
+) -> None:
+    own = CASES[case]()
+    parts, rows = own.weight.parts, own.weight.rows
+    tensors = {
+        "m.weight": parts[codes].view(torch.uint8).reshape(rows, -1).view(torch.uint32),
+        "m.scales": parts[scales].view(torch.uint8).reshape(rows, -1),
+    }
+    (packing,) = found(tensors, {"mode": mode})
+    assert packing.scheme == f"mlx {mode}"
+    decoded = packing.build({part: tensors[n] for part, n in packing.names.items()}).decode(0, rows)
+    for row, column in ((0, 0), (1, 17), (rows - 1, own.weight.columns - 1), (2, 32)):
+        expected = pytest.approx(factor * own.element(row, column), rel=1e-5)
+        assert float(decoded[row, column]) == expected
+    tensors["m.scales"] = tensors["m.scales"][:, 1:]
+    with pytest.raises(CorruptFileError, match=rf"^m: stored as mlx {mode}, but .scales has shape"):
+        found(tensors, {"mode": mode})
+
+
 def test_plain_tensors_are_left_alone() -> None:
     tensors = {
         "m.weight": torch.randn(4, 4),
