@@ -33,6 +33,8 @@ from loratools.formats.kohya_metadata import with_comment
 from loratools.hub.taking import takes_references
 from loratools.keymaps.gguf_base import GGUFBase, open_gguf_base
 from loratools.keymaps.gguf_naming import concerns_gguf
+from loratools.keymaps.mlx_base import MLXBase, open_mlx_base
+from loratools.keymaps.mlx_naming import concerns_mlx
 from loratools.merge_methods import get_method
 from loratools.planning.merge_plan import AdapterInput
 from loratools.report import Note, Report
@@ -94,14 +96,17 @@ def compose_adapters(  # noqa: PLR0913 - one keyword for each option of the comm
     target = settle_target(to, opened[0][0])
     loaded = [adapter for _, adapter in opened]
     language_base = _language_base(loaded, target, base)
-    job = plan_job(names, loaded, shares, recipe, target, arch, language_base)
+    mlx_base = _mlx_base(loaded, target, base)
+    job = plan_job(names, loaded, shares, recipe, target, arch, language_base, mlx_base)
     check_output(target, output, names, overwrite=overwrite)
     # First, because it may be refused.
     extras, notes = combine_extras(job.adapters, shares, base)
     outcomes = _combine_all(job)
     check_results(outcomes)
     made = _adapter(job, outcomes, extras)
-    converted = convert_value(made, target, arch=arch, language_base=language_base)
+    converted = convert_value(
+        made, target, arch=arch, language_base=language_base, mlx_base=mlx_base
+    )
     final = cast_adapter(converted.adapter, dtype)
     if not dry_run:
         save_adapter(final, output, format=target.name, overwrite=overwrite)
@@ -121,6 +126,16 @@ def _language_base(
         open_base(base)
         return None
     return open_gguf_base(Path(base))
+
+
+def _mlx_base(
+    adapters: Sequence[Adapter], target: Format, base: PathLike | None
+) -> MLXBase | None:
+    """Return what the base tells of names in mlx-lm, if they matter."""
+    matters = concerns_mlx(target.naming, *(a.naming for a in adapters))
+    if base is None or not matters or Path(base).suffix == ".gguf":
+        return None
+    return open_mlx_base(Path(base))
 
 
 def _combine_all(job: Job) -> dict[str, Outcome]:

@@ -15,6 +15,9 @@ from loratools.errors import NonFiniteError, OptionError, UnsupportedError
 from loratools.formats.format import Format
 from loratools.keymaps.gguf_base import GGUFBase
 from loratools.keymaps.gguf_naming import concerns_gguf, renamed_gguf
+from loratools.keymaps.mlx_base import MLXBase
+from loratools.keymaps.mlx_naming import NAMING as MLX
+from loratools.keymaps.mlx_naming import renamed_mlx
 from loratools.keymaps.networks import SECOND, join_second, split_second
 from loratools.keymaps.own_naming import respelled, respelled_bare
 from loratools.keymaps.translate import detect_architecture, translate
@@ -51,18 +54,25 @@ def convert_value(
     shapes: Mapping[str, Sequence[int]] | None = None,
     allow_loss: bool = False,
     language_base: GGUFBase | None = None,
+    mlx_base: MLXBase | None = None,
 ) -> Conversion:
     """Return ``adapter`` in the naming of ``target``, with nothing in it that it cannot hold.
 
-    ``language_base`` tells names and layout of a language model's GGUF tensors.
+    ``language_base`` tells names and layout of a language model's GGUF tensors, ``mlx_base`` those
+    of its modules in mlx-lm.
 
     Raises:
         UnknownArchitectureError, MatchError, UnsupportedError: see ``convert_adapter``.
     """
-    if concerns_gguf(adapter.naming, target.naming):
-        renamed = renamed_gguf(adapter, target.naming, language_base)
+    plain = adapter
+    if MLX in (adapter.naming, target.naming):
+        plain = _from_or_to_mlx(adapter, target, language_base, mlx_base)
+    if concerns_gguf(plain.naming, target.naming):
+        renamed = renamed_gguf(plain, target.naming, language_base)
+    elif target.naming == MLX:
+        renamed = plain
     else:
-        renamed = _renamed(adapter, target, arch, shapes)
+        renamed = _renamed(plain, target, arch, shapes)
     lifted, notes = _lifted(renamed, target)
     losses = dict(target.losses(lifted)) if target.losses else {}
     if losses and not allow_loss:
@@ -80,6 +90,22 @@ def convert_value(
         extras={name: e for name, e in lifted.extras.items() if name not in losses},
     )
     return Conversion(kept, losses, tuple(notes))
+
+
+def _from_or_to_mlx(
+    adapter: Adapter,
+    target: Format,
+    language_base: GGUFBase | None,
+    mlx_base: MLXBase | None,
+) -> Adapter:
+    """Return the adapter in mlx-lm's naming if the target has it, else in transformers'."""
+    if adapter.naming == target.naming:
+        return adapter
+    if target.naming != MLX:
+        return renamed_mlx(adapter, "transformers", mlx_base)
+    if concerns_gguf(adapter.naming):
+        adapter = renamed_gguf(adapter, "transformers", language_base)
+    return renamed_mlx(adapter, MLX, mlx_base)
 
 
 def _renamed(

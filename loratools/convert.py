@@ -17,6 +17,8 @@ from loratools.formats.format import Format
 from loratools.hub.taking import takes_references
 from loratools.keymaps.gguf_base import open_gguf_base
 from loratools.keymaps.gguf_naming import concerns_gguf, gguf_warnings
+from loratools.keymaps.mlx_base import open_mlx_base
+from loratools.keymaps.mlx_naming import concerns_mlx
 from loratools.keymaps.networks import take_network
 from loratools.keymaps.repairs import repair_split_qkv_alpha
 from loratools.keymaps.translate import (
@@ -57,7 +59,8 @@ def convert_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
         output: a file, or a folder where the format is one.
         to: the target format's name.
         base: a checkpoint whose tensor names and shapes serve as vocabulary. To and from GGUF: the
-            language model's folder, its config.json, or its GGUF file, which tells the layout.
+            language model's folder, its config.json, or its GGUF file, which tells the layout. To
+            and from mlx: the same, but no GGUF file, where experts or other names depend on it.
         arch: the architecture's id, where the file does not tell.
         dtype: ``keep``, ``fp32``, ``bf16`` or ``fp16`` for every float tensor; ``q8_0`` to GGUF.
         repair: ``split-qkv-alpha`` for files whose fused projections were saved without their
@@ -79,7 +82,10 @@ def convert_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
     check_finite(loaded, str(adapter))
     for_gguf = concerns_gguf(loaded.naming, target.naming)
     language_base = open_gguf_base(Path(base)) if base and for_gguf else None
-    model = open_base(base) if base and not for_gguf else None
+    for_mlx = concerns_mlx(loaded.naming, target.naming)
+    is_gguf = base is not None and Path(base).suffix == ".gguf"
+    mlx_base = open_mlx_base(Path(base)) if base and for_mlx and not is_gguf else None
+    model = open_base(base) if base and not for_gguf and not for_mlx else None
     shapes = {name: t.shape for name, t in model.tensors.items()} if model else None
     storage = _storage(dtype, target)
     arch = _settled(loaded, arch, model)
@@ -93,6 +99,7 @@ def convert_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
         shapes=shapes,
         allow_loss=allow_loss,
         language_base=language_base,
+        mlx_base=mlx_base,
     )
     final = cast_adapter(done.adapter, "keep" if storage else dtype)
     inputs = [find_weights(Path(adapter))]

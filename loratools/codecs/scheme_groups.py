@@ -81,7 +81,7 @@ def _fit(module: str, target: str) -> int | None:
     if target == module:
         return 0
     if target.startswith("re:"):
-        return 3 if _matches(target[3:], module) else None
+        return 1 if _matches(target[3:], module) else None
     table = "embed" in module.rpartition(".")[2]
     if target == ("Embedding" if table else "Linear"):
         return 2

@@ -33,7 +33,7 @@ def check_architectures(
     fits = [
         (name, possible_architectures(adapter))
         for name, adapter in zip(names, adapters, strict=True)
-        if adapter.naming != "transformers"
+        if adapter.naming not in ("transformers", "mlx")
     ]
     known = [(name, found) for name, found in fits if found]
     for name, found in known[1:]:

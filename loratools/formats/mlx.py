@@ -20,6 +20,7 @@ from loratools.adapter import Adapter, in_natural_order
 from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, Replacement
 from loratools.deltas.one_scale import with_one_scale
 from loratools.errors import MalformedAdapterError, UnsupportedError
+from loratools.formats.activated import invocation_tokens
 from loratools.formats.detection import matcher
 from loratools.formats.format import Bundle, Format
 from loratools.formats.mlx_config import (
@@ -40,6 +41,11 @@ _TABLE = re.compile(
 )
 """Names of ``nn.Embedding`` in mlx-lm's models, whose factors have a linear layer's shapes."""
 
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_NO_LANGUAGE = re.compile(
+    r"(?:model\.)?(?:visual|vision_tower|vision_model|audio_tower|multi_modal_projector"
+    r"|embed_vision|embed_audio)\."
+)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NARROWER = frozenset(
     {*_FLOATS, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))}
@@ -215,6 +221,9 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def losses(adapter: Adapter) -> Mapping[str, str]:
     """Return what an adapter of mlx-lm's cannot hold: module path or tensor name → reason."""
+    if invocation_tokens(adapter.metadata):
+        word = "acts only after its invocation tokens (aLoRA), which mlx-lm does not know"
+        return dict.fromkeys(adapter.layers, word)
     found = {path: reason for path, d in adapter.layers.items() if (reason := _loss(path, d))}
     doras = [path for path, delta in adapter.layers.items() if isinstance(delta, DoRA)]
     plain = [path for path in adapter.layers if path not in doras and path not in found]
@@ -232,6 +241,10 @@ def _loss(path: str, delta: LayerDelta) -> str:
     inner = delta.inner if isinstance(delta, DoRA) else delta
     if not isinstance(inner, (LoRA, ExpertLoRA)) or (inner is not delta and inner.kind != "lora"):
         return f"an adapter of mlx-lm's cannot hold a {delta.kind} delta"
+    if _ONE_EXPERT.search(path):
+        return f"a {delta.kind} delta of one expert, and mlx-lm has LoRA on all of them as a stack"
+    if _NO_LANGUAGE.match(path):
+        return "no part of the language model, which is all that mlx-lm has"
     if any(tensor.dtype not in _NARROWER for tensor in delta.tensors().values()):
         return f"{inner.up.dtype} factors; --dtype fp32 rounds them"
     return _lora_loss(path, delta, inner) if isinstance(inner, LoRA) else ""

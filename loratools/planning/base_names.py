@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loratools.adapter import Adapter
 from loratools.basemodel import BaseModel
 from loratools.errors import MatchError, UnknownArchitectureError
@@ -9,6 +11,9 @@ from loratools.keymaps.architecture import Architecture
 from loratools.keymaps.detection import possible_architectures, told_architectures
 from loratools.keymaps.gguf_base import open_gguf_base
 from loratools.keymaps.gguf_naming import renamed_gguf
+from loratools.keymaps.mlx_base import MLXBase
+from loratools.keymaps.mlx_naming import NAMING as MLX
+from loratools.keymaps.mlx_naming import has_mlx_experts, has_stacks, renamed_mlx
 from loratools.keymaps.names import NameIndex
 from loratools.keymaps.translate import (
     detect_architecture,
@@ -35,6 +40,7 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
         UnknownArchitectureError: the adapter's modules are those of no known architecture.
         MatchError: adapter and base are of different architectures; or modules without a name.
     """
+    adapter = _across_mlx(adapter, base)
     if base.is_gguf and not is_image(base):
         known = open_gguf_base(base.path)
         return in_gguf_names(renamed_gguf(adapter, "gguf", known, for_merge=True), base, known)
@@ -48,6 +54,25 @@ def in_base_names(adapter: Adapter, base: BaseModel, arch: str | None = None) ->
     else:
         architecture = common_architecture(adapter, base, _architecture_of(base, adapter))
     return translate(adapter, architecture, "checkpoint", shapes=shapes)
+
+
+def _across_mlx(adapter: Adapter, base: BaseModel) -> Adapter:
+    """Return the adapter in the base's names where one of the two is mlx-lm's, else as it is.
+
+    Names that the base has are taken as they stand, whoever gave them.
+    """
+    stacked = not base.is_gguf and has_mlx_experts(base.tensors)
+    if MLX not in (adapter.naming, MLX if stacked else None):
+        return adapter
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    known = MLXBase(base.config or {}, {} if base.is_gguf else shapes)
+    if adapter.naming == MLX:
+        there = stacked or (not has_stacks(adapter) and _fits_as_it_is(adapter, base))
+        fits = replace(adapter, naming="transformers")
+        return fits if there else renamed_mlx(adapter, "transformers", known)
+    if adapter.naming == "transformers" and has_stacks(adapter):
+        return replace(renamed_mlx(adapter, MLX, known), naming="transformers")
+    return adapter
 
 
 def _architecture_of(base: BaseModel, adapter: Adapter) -> Architecture:

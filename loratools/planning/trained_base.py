@@ -89,13 +89,15 @@ def _fields(adapter: Adapter) -> Mapping[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
+_MLX_WORD = "model"
 _WORDS = ("base_model_name_or_path", "ss_base_model", "base_model")
 
 
 def _recorded_name(adapter: Adapter, fields: Mapping[str, Any], path: PathLike) -> tuple[str, str]:
     """Return the base's name and which word of the adapter says it."""
-    if fields.get(_WORDS[0]):
-        return str(fields[_WORDS[0]]), f"{ADAPTER_CONFIG}: {_WORDS[0]}"
+    for word in (_WORDS[0], _MLX_WORD):
+        if fields.get(word):
+            return str(fields[word]), f"{ADAPTER_CONFIG}: {word}"
     urls = sorted(word for word in adapter.metadata if word.endswith("base_model.0.repo_url"))
     for word in (*urls, *_WORDS):
         # Image trainers write file names there.

@@ -22,7 +22,7 @@ from loratools.plots.heatmaps import (
 )
 from loratools.report import Json, Report
 from loratools.spectra.alignment import Alignment, PairAlignment
-from loratools.spectra.places import place_of
+from loratools.spectra.places import names_networks, place_of
 from loratools.suggest import counted
 
 COLUMNS = (
@@ -140,7 +140,7 @@ def _draw_matrix(
 
 
 def _maps(alignment: Alignment) -> list[Grid]:
-    networks = alignment.naming != "transformers"
+    networks = names_networks(alignment.naming)
     modules = dict.fromkeys(pair.module for pair in alignment.pairs)
     return grids_of({module: place_of(module, networks=networks) for module in modules})
 

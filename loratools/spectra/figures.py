@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratools.report import Json
 from loratools.spectra.layers import AdapterSpectrum, LayerSpectrum
-from loratools.spectra.places import Place, place_of
+from loratools.spectra.places import Place, names_networks, place_of
 
 SHARES = (0.95, 0.99)
 """Parts of the energy ‖ΔW‖² that suggested ranks keep."""
@@ -35,7 +35,7 @@ class Group:
 def places_of(spectrum: AdapterSpectrum, naming: str) -> dict[str, Place]:
     """Return the place of every module, covered or not."""
     names = [*(layer.module for layer in spectrum.layers), *spectrum.uncovered]
-    return {name: place_of(name, networks=naming != "transformers") for name in names}
+    return {name: place_of(name, networks=names_networks(naming)) for name in names}
 
 
 def group_layers(spectrum: AdapterSpectrum, naming: str) -> list[Group]:

@@ -33,6 +33,11 @@ class Place:
     module: str
 
 
+def names_networks(naming: str) -> bool:
+    """Return whether module paths in a naming begin with their network's name."""
+    return naming not in ("transformers", "mlx")
+
+
 def place_of(path: str, *, networks: bool) -> Place:
     """Return the coordinates of a module path; ``networks`` says whether paths name networks."""
     network = network_of(path) if networks else ""

@@ -92,6 +92,8 @@ def _architecture(found: str, adapter: Adapter) -> tuple[str | None, Note | None
     """Return the architecture's id, or None and why; most of PEFT's files are for other models."""
     if found == "gguf":
         return adapter.arch, None
+    if found == "mlx":
+        return None, None
     if found == "peft":
         certain = certain_architecture(adapter)
         return (certain.id if certain else adapter.arch), None
@@ -103,7 +105,7 @@ def _architecture(found: str, adapter: Adapter) -> tuple[str | None, Note | None
 
 def _components(adapter: Adapter) -> dict[str, int]:
     """Return the number of layers of each network, where the paths name networks."""
-    if adapter.naming in ("transformers", "gguf"):
+    if adapter.naming in ("transformers", "gguf", "mlx"):
         return {}
     return dict(Counter(map(network_of, adapter.layers)))
 

@@ -10,7 +10,7 @@ from loratools.adapter import Adapter, natural_key
 from loratools.deltas import AdditiveDelta
 from loratools.linalg.finite import is_finite
 from loratools.report import Json, Note
-from loratools.spectra.places import place_of
+from loratools.spectra.places import names_networks, place_of
 from loratools.suggest import counted
 
 _NUMBERS = re.compile(r"(?<=[._])\d+(?=[._]|$)")
@@ -61,7 +61,7 @@ def _gaps(adapter: Adapter) -> Iterator[Note]:
     """
     stacks: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for path in adapter.layers:
-        place = place_of(path, networks=adapter.naming != "transformers")
+        place = place_of(path, networks=names_networks(adapter.naming))
         numbers = _NUMBERS.findall(place.block)
         if len(numbers) == 1:
             stack = _NUMBERS.sub("N", place.block)

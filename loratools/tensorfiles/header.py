@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _METADATA = "__metadata__"
 
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of a file: ``start`` and ``stop`` are byte offsets from the file's beginning."""

@@ -601,7 +601,7 @@ def test_a_plot_without_matplotlib(there: Path, run: Run, monkeypatch: pytest.Mo
 
 RECIPES: list[tuple[str, int, str, str]] = [
     ("a: {mrege: [base, adapter], output: out}", 2, "step a: no command", "did you mean merge"),
-    ("a: {merge: [base, adapter], ouput: out}", 2, "no option 'ouput'", "did you mean output?"),
+    ("a: {merge: [base, adapter], outputt: out}", 2, "no option 'outputt'", "did you mean output?"),
     ("a: {merge: [base, adapter], output: out, dtype: bf6}", 2, "'bf6'", "did you mean bf16?"),
     ("a: {merge: [base, adapter], output: out, arch: sdlx}", 2, "'sdlx'", "did you mean sdxl?"),
     ("a: {convert: adapter, to: dffusers, output: out}", 2, "'dffusers'", "did you mean diffusers"),
@@ -658,7 +658,7 @@ ACCESS: list[tuple[str | None, str, str, str]] = [
     (OTHER, "inspect hf://me/gated", "a gated repository", "{url}/me/gated"),
     (NO_TOKEN, "merge base hf://me/private -o out", "or a private one", "hf auth login"),
     (OTHER, "merge base hf://me/private -o out", "or a private one", "token in use has no access"),
-    (NO_TOKEN, "merge base hf://me/adpter -o out", "no such repository", "check the name"),
+    (NO_TOKEN, "merge base hf://me/adaptr -o out", "no such repository", "check the name"),
     (NO_TOKEN, "pull me/private -o out", "or a private one", "hf auth login"),
     (NO_TOKEN, "pull adapter -o out", "adapter: not a name of a repository", "OWNER/NAME"),
     (NO_TOKEN, "pull https://huggingface.co/me/adapter -o out", "not a name", "hf://me/adapter"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,24 @@ def test_layers_of_mlx_may_have_settings_of_their_own(
     assert all(torch.equal(one[name], two[name]) for name in plain)
 
 
+def test_an_adapter_of_mlx_records_its_model(base: Path, tmp_path: Path) -> None:
+    words = {"bits": 4, "group_size": 64}
+    folder = trained(tmp_path / "t", None, quantization=words, quantization_config=words)
+    factors = {f"{LINEAR}.lora_a": torch.randn(64, 2), f"{LINEAR}.lora_b": torch.randn(2, 64)}
+    (tmp_path / "mlx").mkdir()
+    save_file(factors, tmp_path / "mlx" / "adapters.safetensors")
+    fields = {"fine_tune_type": "lora", "model": str(folder), "num_layers": -1}
+    fields["lora_parameters"] = {"rank": 2, "scale": 1.0, "dropout": 0.0}
+    (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(fields))
+    report = dequantize_base(base, tmp_path / "out", for_adapter=tmp_path / "mlx")
+    assert str(folder) in report.notes[0].message
+    weight = tensors(base)[f"{LINEAR}.weight"]
+    expected = quantise_mlx(weight.float(), 4, 64)
+    scales = {part: expected.parts[part].bfloat16() for part in ("scales", "biases")}
+    seen = replace(expected, parts={**expected.parts, **scales}).decode(0, 64).bfloat16()
+    assert torch.equal(tensors(tmp_path / "out")[f"{LINEAR}.weight"], seen)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_loftq_codes_the_adapters_own_layers_alone(
     base: Path, adapter: Path, tmp_path: Path, bits: int
@@ -256,7 +275,7 @@ def test_every_shape_is_read_in_its_own_rows(base: Path, adapter: Path, tmp_path
         f"{experts}_blocks": torch.randint(0, 256, (2, 6, 3, 16), dtype=torch.uint8),
         f"{experts}_scales": torch.randint(110, 130, (2, 6, 3), dtype=torch.uint8),
     }
-    more = {"conv.weight": torch.randn(3, 4, 2, 2).bfloat16(), "none": torch.zeros(0, 4)}
+    more = {"conv.weight": (1e-6 * torch.randn(3, 4, 2, 2)).bfloat16(), "none": torch.zeros(0, 4)}
     save_file({**tensors(base), **packed, **more}, folder / "model.safetensors", {"format": "pt"})
     words = {"quant_method": "mxfp4"}
     edit(folder / "config.json", quantization_config=words)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -499,6 +500,14 @@ def test_dequantize_writes_the_floats(tmp_path: Path, name: str) -> None:
         )
     assert config(tmp_path / "out") == {"model_type": "llama", "torch_dtype": "float32"}
     assert report.facts["dtype"] == "F32"
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "torchao int4"])
+def test_plain_numbers_have_no_word_of_torchao(tmp_path: Path, name: str) -> None:
+    base = write_base(tmp_path / "base", name)
+    dequantize_base(base.path, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
 
 
 # ── what rounding left out, beside the model ──

@@ -123,6 +123,25 @@ def test_bitsandbytes_is_found_by_its_state(kind: str, nested: bool) -> None:
     assert torch.equal(built.decode(0, 6), expected)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_bitsandbytes_model_may_have_been_cast(nested: bool) -> None:
+    """``model.to(bfloat16)`` rounds scales and the table of codes; the table's own values count."""
+    tensors = bnb_tensors("nf4", nested=nested)
+    cast = {n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in tensors.items()}
+    (packing,) = found(dict(reversed(cast.items())))
+    decoded = packing.build({p: cast[n] for p, n in packing.names.items()}).decode(0, 6)
+    words = json.loads(bytes(tensors["m.weight.quant_state.bitsandbytes__nf4"].tolist()))
+    absmax = cast["m.weight.absmax"].float()
+    if nested:
+        table = cast["m.weight.nested_quant_map"].float()
+        outer = float(cast["m.weight.nested_absmax"][0])
+        absmax = table[absmax.long()] * outer + words["nested_offset"]
+    flat = tensors["m.weight"].flatten()
+    codes = torch.stack([flat >> 4, flat & 15], 1).flatten().long()
+    values = tensors["m.weight.quant_map"][codes].view(-1, 32) * absmax[:, None]
+    torch.testing.assert_close(decoded, values.view(6, 64), rtol=1e-6, atol=1e-7)
+
+
 def test_experts_of_gpt_oss_are_found_under_their_own_name() -> None:
     case = CASES["mxfp4"]()
     tensors = {f"experts.gate_up_proj_{part}": t for part, t in case.weight.parts.items()}
