@@ -128,9 +128,7 @@ def _language_base(
     return open_gguf_base(Path(base))
 
 
-def _mlx_base(
-    adapters: Sequence[Adapter], target: Format, base: PathLike | None
-) -> MLXBase | None:
+def _mlx_base(adapters: Sequence[Adapter], target: Format, base: PathLike | None) -> MLXBase | None:
     """Return what the base tells of names in mlx-lm, if they matter."""
     matters = concerns_mlx(target.naming, *(a.naming for a in adapters))
     if base is None or not matters or Path(base).suffix == ".gguf":

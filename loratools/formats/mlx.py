@@ -97,9 +97,7 @@ def _grouped(bundle: Bundle) -> dict[str, dict[str, Tensor]]:
     return modules
 
 
-def _layer(
-    path: str, found: Mapping[str, Tensor], config: MLXConfig, bundle: Bundle
-) -> LayerDelta:
+def _layer(path: str, found: Mapping[str, Tensor], config: MLXConfig, bundle: Bundle) -> LayerDelta:
     _check_complete(path, found, config, bundle.source)
     a, b = found["a"], found["b"]
     if b.dim() == 3:
@@ -117,9 +115,7 @@ def _layer(
     return DoRA(lora, magnitude, "in" if table else "out")
 
 
-def _check_complete(
-    path: str, found: Mapping[str, Tensor], config: MLXConfig, source: str
-) -> None:
+def _check_complete(path: str, found: Mapping[str, Tensor], config: MLXConfig, source: str) -> None:
     wanted = {"a", "b", "m"} if config.kind == "dora" else {"a", "b"}
     for leaf, field in _FIELDS.items():
         if (field in found) == (field in wanted):

@@ -170,9 +170,7 @@ def _is_fused(owner: str, base: MLXBase) -> bool:
     return any(base.index.find(f"{owner}.experts.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
 
 
-def _fused(
-    owner: str, stacks: Mapping[str, ExpertLoRA], base: MLXBase
-) -> dict[str, LayerDelta]:
+def _fused(owner: str, stacks: Mapping[str, ExpertLoRA], base: MLXBase) -> dict[str, LayerDelta]:
     done: dict[str, LayerDelta] = {}
     if "down_proj" in stacks:
         done[f"{owner}.experts.down_proj"] = stacks["down_proj"]
@@ -188,9 +186,7 @@ def _fused(
     return done
 
 
-def _singles(
-    owner: str, stacks: Mapping[str, ExpertLoRA], base: MLXBase
-) -> dict[str, LayerDelta]:
+def _singles(owner: str, stacks: Mapping[str, ExpertLoRA], base: MLXBase) -> dict[str, LayerDelta]:
     last = owner.rpartition(".")[2]
     known = base.row.disk if base.model_type else OWNER_DISK.get(last, PROJECTIONS)
     leaves = dict(zip(PROJECTIONS, known, strict=True))

@@ -67,7 +67,9 @@ def in_transformers_names(
     adapters: Sequence[Adapter], base: MLXBase | None = None
 ) -> tuple[Adapter, ...]:
     """Return adapters with those in mlx-lm's naming taken to transformers', the others as given."""
-    return tuple(renamed_mlx(a, "transformers", base) if a.naming == NAMING else a for a in adapters)
+    return tuple(
+        renamed_mlx(a, "transformers", base) if a.naming == NAMING else a for a in adapters
+    )
 
 
 # ── to mlx-lm ────────────────────────────────────────────────────────────────────────────────
