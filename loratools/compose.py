@@ -28,6 +28,7 @@ from loratools.composition.weights import parse_weights
 from loratools.compute import one_thread_kernels, resolve_compute
 from loratools.conversion import cast_adapter, convert_value, rounding_notes
 from loratools.deltas import LayerDelta, LoRA
+from loratools.deltas.one_scale import padded_to
 from loratools.formats.format import Format
 from loratools.formats.kohya_metadata import with_comment
 from loratools.hub.taking import takes_references

@@ -24,9 +24,9 @@ from loratools.formats import get_written_format
 from loratools.formats.format import Format
 from loratools.keymaps.gguf_base import GGUFBase
 from loratools.keymaps.gguf_naming import concerns_gguf, in_transformers_naming
-from loratools.keymaps.target import NAMINGS, Naming
 from loratools.keymaps.mlx_base import MLXBase
 from loratools.keymaps.mlx_naming import in_transformers_names
+from loratools.keymaps.target import NAMINGS, Naming
 from loratools.keymaps.translate import in_one_naming
 from loratools.merge_methods.method import Method
 from loratools.planning.finite import check_finite

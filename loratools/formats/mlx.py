@@ -229,7 +229,9 @@ def losses(adapter: Adapter) -> Mapping[str, str]:
             found.setdefault(path, f"mlx-lm has DoRA in all layers or none, beside it are {word}")
     for name, extra in adapter.extras.items():
         if adapter.layers or not isinstance(extra, Replacement):
-            found[name] = f"a {extra.kind} tensor, and mlx-lm loads factors alone beside factors"
+            copy = isinstance(extra, Replacement) and extra.origin == "base_copy"
+            what = "the base's own tensor, which PEFT saved too" if copy else f"a {extra.kind} tensor"
+            found[name] = f"{what}, and mlx-lm loads factors alone beside factors"
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""An expert's matrices: those of its input side in the order in which they are fused, its output."""
+"""An expert's matrices: those of its input side as they are fused, and its output."""
 
 
 @dataclass(frozen=True, slots=True)
