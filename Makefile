@@ -57,6 +57,7 @@ $(LLAMA)/.made: requirements/llama.txt | venv
 
 peers: venv ## run the slow tests: long comparisons with the reference tools
 	@$(MAKE) --no-print-directory llama || echo "llama.cpp is not there: its tests are skipped" >&2
+	@$(PIP) install --no-deps --requirement requirements/mlx.txt || echo "mlx-lm is not there: its tests are skipped" >&2
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: venv ## check style, formatting, the layers of imports, spelling

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loratools.basetensors import BaseTensor, elements, find_weights
-from loratools.errors import CorruptFileError, InputError, MissingFileError, UnsupportedError
+from loratools.errors import CorruptFileError, MissingFileError, UnsupportedError
 from loratools.formats.likeness import looks_like_adapter
 from loratools.tensorfiles.file_names import (
     ADAPTER_CONFIG,
     INDEX_SUFFIX,
-    LEFT_FOLDERS,
     MODEL_WEIGHTS,
     PIPELINE_INDEX,
     PIPELINE_NETWORKS,
     TORCH_SUFFIXES,
-    WEIGHT_SUFFIXES,
     index_wins,
 )
 from loratools.tensorfiles.gguf import GGUFHeader, GGUFTensor
 from loratools.tensorfiles.gguf_split import open_gguf
 from loratools.tensorfiles.header import Header, read_header
 from loratools.tensorfiles.impostors import FIRST_BYTES, recognise
-from loratools.tensorfiles.inputs import open_input
+from loratools.tensorfiles.inputs import FETCH_AGAIN, open_input, read_json_object
 from loratools.tensorfiles.missing import no_such_path, other_contents
 from loratools.tensorfiles.sharded import check_index, read_index
+from loratools.tensorfiles.side_files import files_below, side_files
 
 __all__ = [
     "INDEX_SUFFIX", "BaseModel", "BaseTensor", "Pipeline", "Shard", "elements", "is_pipeline",
-    "open_base", "open_pipeline", "read_json_object",
+    "open_base", "open_pipeline",
 ]  # fmt: skip
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """How the metadata key of a folded tensor's own shape begins."""
-_FETCH_AGAIN = "fetch or save the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +180,7 @@ def _open_folder(where: Path, instead: str) -> BaseModel:
     shards = tuple(_open_shard(where / name) for name in names)
     metadata = _check_index(where / index, shards) if index else None
     used = {where / name for name in names}
-    side, left = _side_files(where, used, index)
+    side, left = side_files(where, used, index)
     return BaseModel(where, shards, index, metadata, _read_config(where), side, left)
 
 
@@ -200,7 +197,7 @@ def open_side_files(path: Path) -> BaseModel:
         raise MissingFileError(
             f"{path}: no folder with a config.json", hint="name a Hugging Face model's folder"
         )
-    side, left = _side_files(path, set(), None)
+    side, left = side_files(path, set(), None)
     return BaseModel(path, (), config=_read_config(path), side_files=side, left_out=left)
 
 
@@ -250,28 +247,9 @@ def open_pipeline(path: Path) -> Pipeline:
             hint="finish the download: merge needs the networks' folders",
         )
     others = [
-        found for found in _files_below(path) if found.relative_to(path).parts[0] not in components
+        found for found in files_below(path) if found.relative_to(path).parts[0] not in components
     ]
     return Pipeline(path, components, tuple(found.relative_to(path) for found in others))
-
-
-def _files_below(where: Path) -> Iterator[Path]:
-    """Yield every file that belongs to a model folder, in a fixed order; links are followed.
-
-    Raises InputError for a link to a folder around it, which would have no end.
-    """
-    for folder, folders, files in os.walk(where, followlinks=True):
-        folders[:] = sorted(name for name in folders if not LEFT_FOLDERS.fullmatch(name))
-        for path in (Path(folder) / name for name in folders):
-            if path.is_symlink() and _leads_back(path):
-                raise InputError(f"{path}: a link to a folder around it", hint="remove the link")
-        yield from (Path(folder) / name for name in sorted(files))
-
-
-def _leads_back(link: Path) -> bool:
-    """Return whether a link leads to a folder that it was reached through, or one around that."""
-    target = link.resolve()
-    return any(parent.resolve().is_relative_to(target) for parent in link.parents)
 
 
 def _is_adapter(opened: BaseModel) -> bool:
@@ -381,7 +359,7 @@ def _shape(header: GGUFHeader, tensor: GGUFTensor) -> tuple[int, ...]:
     if len(sizes) != len(said) or elements(sizes) != elements(tensor.shape):
         raise CorruptFileError(
             f"{header.path}: {tensor.name} is {tensor.shape}, and said to have been {said}",
-            _FETCH_AGAIN,
+            FETCH_AGAIN,
         )
     return sizes
 
@@ -400,43 +378,3 @@ def _open_torch(path: Path) -> Shard:
 def _read_config(where: Path) -> Mapping[str, Any] | None:
     file = where / "config.json"
     return read_json_object(file) if file.is_file() else None
-
-
-def read_json_object(file: Path) -> Mapping[str, Any]:
-    """Return a small JSON file's object; raises CorruptFileError if it holds none."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{file}: not JSON ({error})", _FETCH_AGAIN) from error
-    if not isinstance(config, dict):
-        raise CorruptFileError(f"{file}: not a JSON object", _FETCH_AGAIN)
-    return config
-
-
-def _side_files(
-    where: Path, used: set[Path], index: str | None
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Split what lies beside the weights into what comes along and what does not."""
-    side: list[Path] = []
-    left: list[Path] = []
-    for path in _files_below(where):
-        if path not in used and path != where / (index or ""):
-            if not path.exists():
-                raise MissingFileError(
-                    f"{path}: a link to a file that is not there",
-                    hint="finish the download, or remove the link",
-                )
-            (left if _is_other_copy(path, where) else side).append(path.relative_to(where))
-    return tuple(side), tuple(left)
-
-
-def _is_other_copy(path: Path, where: Path) -> bool:
-    """Return whether a file holds the model's weights once more, so that a merge makes it stale."""
-    # With an adapter's config beside it, transformers takes a model for an adapter.
-    if path.name == ADAPTER_CONFIG:
-        return True
-    if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
-        return False
-    # A sub-folder with its own config is another module (sentence-transformers' 2_Dense).
-    is_module = path.parent != where and (path.parent / "config.json").is_file()
-    return not (is_module and path.suffix in (".safetensors", ".bin"))

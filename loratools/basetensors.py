@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.errors import CorruptFileError, UnsupportedError
 from loratools.keymaps.linear_layers import LinearLayers
-from loratools.tensorfiles.dtypes import DTYPES
+from loratools.tensorfiles.dtypes import DTYPES, FLOAT_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,7 +117,12 @@ def read_stored(tensor: BaseTensor) -> Tensor:
 
 # ── finding them ─────────────────────────────────────────────────────────────────────────────
 
-_CONFIGS = ("quantization_config", "compression_config", "quantization")
+QUANTISATION_FIELDS = ("quantization_config", "compression_config", "quantization")
+"""Fields of ``config.json`` that speak of quantisation."""
+
+DTYPE_FIELDS = ("dtype", "torch_dtype")
+"""Fields that name the weights' float type; transformers 5 renamed the second."""
+
 # What some schemes keep beside a weight for the activations, or as a mark.
 _COMPANIONS = (
     ".input_scale", ".scale_input", ".input_global_scale", ".input_zero_point", ".output_scale",
@@ -126,15 +131,22 @@ _COMPANIONS = (
 _TURNING = ("bitsandbytes 4-bit", "bitsandbytes int8")
 """Schemes that store transposed layers as (out, in)."""
 
-_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
+_WORDS = {"half": "F16", "float": "F32"} | {
+    name: word for word, name in FLOAT_NAMES.items() if word != "F64"
+}
+
+
+def text_sections(config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+    """Return a config's sections that speak of the text model: the whole, and its own if any."""
+    config = config or {}
+    text = config.get("text_config")
+    return (config, text) if isinstance(text, Mapping) else (config,)
 
 
 def quantisation_words(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return what ``config.json`` says of quantisation; empty if it says nothing."""
-    config = config or {}
-    text = config.get("text_config")
-    for section in (config, text if isinstance(text, Mapping) else {}):
-        for name in _CONFIGS:
+    for section in text_sections(config):
+        for name in QUANTISATION_FIELDS:
             if isinstance(section.get(name), Mapping) and section[name]:
                 found: Mapping[str, Any] = section[name]
                 return found
@@ -143,17 +155,14 @@ def quantisation_words(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 def quantisation_fields(config: Mapping[str, Any]) -> list[str]:
     """Return the fields of a config that speak of quantisation, at the top or in its text part."""
-    text = config.get("text_config")
-    inner = text if isinstance(text, Mapping) else {}
-    return [name for name in _CONFIGS if name in config or name in inner]
+    sections = text_sections(config)
+    return [name for name in QUANTISATION_FIELDS if any(name in section for section in sections)]
 
 
 def float_word(config: Mapping[str, Any] | None) -> str | None:
     """Return the safetensors word of the float type that a config names, if it does."""
-    config = config or {}
-    text = config.get("text_config")
-    for section in (config, text if isinstance(text, Mapping) else {}):
-        for name in ("dtype", "torch_dtype"):
+    for section in text_sections(config):
+        for name in DTYPE_FIELDS:
             if str(section.get(name)) in _WORDS:
                 return _WORDS[str(section[name])]
     return None

@@ -66,7 +66,7 @@ def convert_value(
     """
     plain = adapter
     if MLX in (adapter.naming, target.naming):
-        plain = _from_or_to_mlx(adapter, target, language_base, mlx_base)
+        plain = _from_or_to_mlx(adapter, target, arch, language_base, mlx_base)
     if concerns_gguf(plain.naming, target.naming):
         renamed = renamed_gguf(plain, target.naming, language_base)
     elif target.naming == MLX:
@@ -95,12 +95,18 @@ def convert_value(
 def _from_or_to_mlx(
     adapter: Adapter,
     target: Format,
+    arch: str | None,
     language_base: GGUFBase | None,
     mlx_base: MLXBase | None,
 ) -> Adapter:
     """Return the adapter in mlx-lm's naming if the target has it, else in transformers'."""
     if adapter.naming == target.naming:
         return adapter
+    if arch is not None:
+        raise UnsupportedError(
+            f"mlx-lm's adapters are for language models, and {arch} is none",
+            hint="leave --arch out, or convert to another format; `loratools formats` lists them",
+        )
     if target.naming != MLX:
         return renamed_mlx(adapter, "transformers", mlx_base)
     if concerns_gguf(adapter.naming):

@@ -40,10 +40,11 @@ from loratools.planning.unmerge_plan import (
     plan_unmerge,
 )
 from loratools.report import Json, Note, Report
-from loratools.streaming.blocks import TensorResult
 from loratools.streaming.checkpoint import Results, check_suffix, write_checkpoints
 from loratools.streaming.rewriting import Progress
+from loratools.streaming.works import TensorResult
 from loratools.tensorfiles.atomic import require_space
+from loratools.tensorfiles.beside import residual_places
 from loratools.tensorfiles.destination import check_destination
 
 
@@ -136,8 +137,18 @@ def merge_into_base(  # noqa: PLR0913 - one keyword for each option of the comma
     results = _write(job, Path(output), compute, overwrite, dry_run, progress, residual)
     report = merge_report("merge", job, results, None if dry_run else str(output))
     notes = [*report.notes, *_absent_notes(opened, loaded)]
-    notes += residual.notes(results) if residual else ()
-    return replace(report, notes=tuple(notes))
+    if residual is None:
+        return replace(report, notes=(*notes, *_stale_notes(Path(output))))
+    facts: dict[str, Json] = {**report.facts, "residual": residual.facts(results)}
+    return replace(report, facts=facts, notes=(*notes, *residual.notes(results)))
+
+
+def _stale_notes(output: Path) -> Iterator[Note]:
+    """Yield a warning for the residual of another merge, which looks like one of this."""
+    for place in residual_places(output):
+        if place.exists():
+            words = "what an earlier merge left out: it is not of this model; remove it"
+            yield Note(words, "warning", str(place))
 
 
 def _absent_notes(base: BaseModel | Pipeline, loaded: Sequence[LoadedAdapter]) -> Iterator[Note]:

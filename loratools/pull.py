@@ -6,19 +6,23 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from loratools.errors import OptionError
-from loratools.hub.fetching import fetch_files, fetch_past_cache, is_cached
+from loratools.errors import OutputError
+from loratools.hub.fetching import check_access, fetch_files, fetch_past_cache, is_cached
 from loratools.hub.listing import Listing, list_files
-from loratools.hub.references import Reference, parse_repository
+from loratools.hub.references import Reference, parse_repository, with_revision
 from loratools.hub.workplace import alone_in
-from loratools.report import Json, Report
+from loratools.report import Json, Note, Report
 from loratools.tensorfiles.atomic import require_space, staged_output
 from loratools.tensorfiles.destination import check_destination, settled
 
 PathLike = str | os.PathLike[str]
+
+_FROM_CACHE = (
+    "the Hub is out of reach: these are the files that the cache has of the repository, which may "
+    "hold more"
+)
 
 
 def pull_from_hub(
@@ -46,12 +50,15 @@ def pull_from_hub(
         OptionError: two revisions.
         OutputError: the destination is refused.
     """
-    reference = _with_revision(parse_repository(repo_id), revision)
+    reference = with_revision(parse_repository(repo_id), revision)
     listing = list_files(reference)
     target = Path(output)
     folder = not listing.is_file
+    if not folder:
+        _refuse_folder(output, reference)
     check_destination(target, folder=folder, overwrite=overwrite)
     require_space(target.parent, sum(listing.files[name] for name in listing.below))
+    check_access(listing, listing.below)
     report = _report(listing, None if dry_run else str(output))
     if dry_run:
         return report
@@ -63,15 +70,12 @@ def pull_from_hub(
     return report
 
 
-def _with_revision(reference: Reference, revision: str | None) -> Reference:
-    if revision is None:
-        return reference
-    if reference.revision not in (None, revision):
-        raise OptionError(
-            f"{reference.text} says revision {reference.revision}, and --revision {revision}",
-            hint="say one of them",
-        )
-    return replace(reference, revision=revision)
+def _refuse_folder(output: PathLike, reference: Reference) -> None:
+    """Raise OutputError if a folder is named for what is one file."""
+    text = str(output)
+    if text.endswith(("/", os.sep)) or Path(text).is_dir():
+        place = Path(text) / reference.path.rpartition("/")[2]
+        raise OutputError(f"{text}: a folder, and {reference.text} is one file", f"say -o {place}")
 
 
 def _work_folder(target: Path) -> Path:
@@ -114,4 +118,5 @@ def _report(listing: Listing, output: str | None) -> Report:
         "bytes": sum(item["bytes"] for item in items),
     }
     text = listing.reference.text
-    return Report("pull", (text,), output, facts, tuple(items), dry_run=output is None)
+    notes = () if listing.commit else (Note(_FROM_CACHE, "warning"),)
+    return Report("pull", (text,), output, facts, tuple(items), notes, dry_run=output is None)

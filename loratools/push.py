@@ -10,13 +10,13 @@ from pathlib import Path
 
 from loratools.errors import OptionError, UploadError
 from loratools.hub.failures import LOG_IN, has_token
-from loratools.hub.references import SCHEME, parse_repository, plain_name
+from loratools.hub.references import SCHEME, parse_repository, plain_name, with_revision
 from loratools.hub.taking import takes_references
 from loratools.publishing.card import RELATIONS, CardFacts, completed_card, new_card, read_card
 from loratools.publishing.contents import CARD, Contents, read_card_file, read_contents
 from loratools.publishing.licences import look_up_base, settle_licence
 from loratools.publishing.repository import There, check_card, check_login, look_at, upload
-from loratools.publishing.words import repo_id_of
+from loratools.publishing.words import BASE_WORDS, repo_id_of
 from loratools.report import Json, Note, Report
 from loratools.tensorfiles.file_names import ADAPTER_CONFIG
 
@@ -47,7 +47,7 @@ def push_to_hub(  # noqa: PLR0913 - one keyword for each option of the command
 
     Args:
         path: an adapter of any format, a model or a diffusers pipeline.
-        repo_id: ``OWNER/NAME``; made if it does not exist.
+        repo_id: ``OWNER/NAME``, or ``hf://OWNER/NAME[@BRANCH]``; made if it does not exist.
         private: make the repository private, if it is made.
         create_pr: propose the change instead of making it.
         revision: the branch to commit to; made if it does not exist.
@@ -64,9 +64,9 @@ def push_to_hub(  # noqa: PLR0913 - one keyword for each option of the command
         InputError: files that cannot be read; HubError, if the Hub does not answer.
         UploadError: no base model, a conflict of licences, a card that the Hub refuses, no right
             to write.
-        OptionError: an unknown relation, or a proposal on a new repository's branch.
+        OptionError: an unknown relation, two branches, or a path inside the repository.
     """
-    target = parse_repository(repo_id).repo
+    target, revision = _target(path, repo_id, revision)
     if relation not in (None, *RELATIONS):
         raise OptionError(f"unknown relation {relation!r}", f"use one of {', '.join(RELATIONS)}")
     contents = read_contents(Path(path))
@@ -88,6 +88,19 @@ def push_to_hub(  # noqa: PLR0913 - one keyword for each option of the command
         return replace(report, dry_run=True)
     made = upload(target, files, there, message, revision, private=private, propose=create_pr)
     return replace(report, facts={**report.facts, **made})
+
+
+def _target(path: PathLike, repo_id: str, revision: str | None) -> tuple[str, str | None]:
+    """Return the repository's name and the branch; raises HubError, OptionError."""
+    if not Path(path).exists() and Path(repo_id).exists():
+        raise OptionError(f"{repo_id}: a path here", "the path comes first, then OWNER/NAME")
+    reference = with_revision(parse_repository(repo_id), revision)
+    if reference.path:
+        raise OptionError(
+            f"{repo_id}: a place inside a repository",
+            f"say {reference.repo}; files get the names that tools look for",
+        )
+    return reference.repo, reference.revision
 
 
 def _card_text(card: PathLike | None, there: There, contents: Contents) -> str | None:
@@ -150,15 +163,16 @@ def _card_licence(text: str | None) -> str | None:
 
 
 def _with_base(contents: Contents, facts: CardFacts) -> dict[str, Path | bytes]:
-    """Return the files, with the base's name in PEFT's config where a local path stood."""
+    """Return the files, with the base's name in the config where a local path stood."""
     files = dict(contents.files)
     config = files.get(ADAPTER_CONFIG)
     if not isinstance(config, Path) or len(facts.bases) != 1:
         return files
     words = json.loads(config.read_text(encoding="utf-8"))
-    named = words.get("base_model_name_or_path")
+    field = BASE_WORDS.get(contents.format, "base_model_name_or_path")
+    named = words.get(field)
     if named is None or repo_id_of(str(named)) is None:
-        words["base_model_name_or_path"] = facts.bases[0].repo
+        words[field] = facts.bases[0].repo
         files[ADAPTER_CONFIG] = (json.dumps(words, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
@@ -169,6 +183,10 @@ def _more_notes(contents: Contents, there: There, *, private: bool, own_card: bo
         notes.append(
             Note("pickled weights may run code; `loratools convert` writes safetensors", "warning")
         )
+    if contents.left:
+        few, more = contents.left[:6], len(contents.left) - 6
+        rest = f" and {more} more" if more > 0 else ""
+        notes.append(Note(f"stay here, as no part of it: {', '.join(few)}{rest}"))
     if not has_token():
         notes.append(Note(f"nobody is logged in, as the upload needs: {LOG_IN}", "warning"))
     if private and there.exists and not there.private:

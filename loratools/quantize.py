@@ -9,7 +9,7 @@ from loratools.compute import resolve_compute
 from loratools.errors import OptionError
 from loratools.hub.taking import takes_references
 from loratools.planning.merge_plan import PathLike
-from loratools.planning.packing import PACKED_TARGETS
+from loratools.planning.pack_targets import PACKED_TARGETS
 from loratools.planning.quantised_outputs import (
     Job,
     checkpoint_job,
@@ -29,12 +29,12 @@ from loratools.planning.recoding import (
     writable_mix,
 )
 from loratools.report import Json, Report
-from loratools.streaming.blocks import TensorWork
 from loratools.streaming.checkpoint import (
     check_suffix,
     write_checkpoints,
 )
 from loratools.streaming.rewriting import Progress
+from loratools.streaming.works import TensorWork
 from loratools.tensorfiles.atomic import require_space
 from loratools.tensorfiles.destination import check_destination
 

@@ -28,6 +28,10 @@ from loratools.extraction.model_pair import refuse_quantised
 from loratools.formats import get_written_format
 from loratools.formats.format import Format
 from loratools.hub.taking import takes_references
+from loratools.keymaps.gguf_base import open_gguf_base
+from loratools.keymaps.gguf_naming import concerns_gguf
+from loratools.keymaps.mlx_base import open_mlx_base
+from loratools.keymaps.mlx_naming import concerns_mlx
 from loratools.linalg.factored import factored_svd
 from loratools.linalg.gram import product_norm
 from loratools.linalg.randomized import Truncation, truncated_svd
@@ -142,7 +146,7 @@ def rebase_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
     result = replace(loaded, layers={**loaded.layers, **changed})
     rounded: list[Note] = []
     if changed and output is not None:
-        result = convert_value(result, chosen, arch=arch).adapter if to else result
+        result = _converted(result, chosen, Path(target), arch) if to else result
         rounded = rounding_notes(result, dtype)
         result = cast_adapter(result, dtype)
         if not dry_run:
@@ -152,6 +156,15 @@ def rebase_adapter(  # noqa: PLR0913 - one keyword for each option of the comman
     facts, items = _facts(layers, result), tuple(_item(one) for one in layers)
     notes = (*_notes(loaded, layers), *rounded)
     return Report("rebase", inputs, written, facts, items, notes, dry_run or not rank)
+
+
+def _converted(adapter: Adapter, chosen: Format, base: Path, arch: str | None) -> Adapter:
+    """Return the adapter in a format whose names may depend on the base that it now fits."""
+    names = adapter.naming, chosen.naming
+    gguf = open_gguf_base(base) if concerns_gguf(*names) else None
+    is_mlx = concerns_mlx(*names) and base.suffix != ".gguf"
+    mlx = open_mlx_base(base) if is_mlx else None
+    return convert_value(adapter, chosen, arch=arch, language_base=gguf, mlx_base=mlx).adapter
 
 
 def _check(wish: _Wish, output: PathLike | None) -> None:

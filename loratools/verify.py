@@ -16,7 +16,7 @@ from loratools.hub.taking import takes_references
 from loratools.keymaps.gguf_base import open_gguf_base
 from loratools.keymaps.gguf_naming import concerns_gguf, in_transformers_naming
 from loratools.keymaps.mlx_base import open_mlx_base
-from loratools.keymaps.mlx_naming import concerns_mlx, in_transformers_names
+from loratools.keymaps.mlx_naming import concerns_mlx, meeting
 from loratools.keymaps.translate import in_one_naming
 from loratools.linalg.gram import product_norm
 from loratools.report import Json, Note, Report
@@ -53,7 +53,7 @@ def compare_adapters(
     if concerns_mlx(*{adapter.naming for adapter in loaded}):
         folder = base is not None and Path(base).suffix != ".gguf"
         known = open_mlx_base(Path(base)) if base and folder else None
-        loaded = list(in_transformers_names(loaded, known))
+        loaded = list(meeting(loaded, known))
     (one, other), _ = in_one_naming(loaded, arch)
     rows = [_row(path, one.layers.get(path), other.layers.get(path)) for path in _paths(one, other)]
     notes = [*_extra_notes(one, other)]

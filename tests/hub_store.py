@@ -114,5 +114,5 @@ def card_faults(text: str) -> list[str]:
 
 
 def card_data(text: str) -> dict[str, Any]:
-    match = re.match(r"^---\n([\S\s]*?)\n---\n", text)
+    match = re.match(r"^---\r?\n([\S\s]*?)\r?\n---\r?\n", text)
     return (yaml.safe_load(match[1]) or {}) if match else {}

@@ -41,8 +41,8 @@ from loratools._cli.startup import import_torch
     type=PATH,
     metavar="BASE",
     help="A checkpoint whose tensor names and shapes serve as vocabulary, for modules that no "
-    "table of names has. To and from gguf, the language model: its folder, config.json or GGUF "
-    "file.",
+    "table of names has. To and from gguf and mlx, the language model: its folder, config.json or "
+    "GGUF file.",
 )
 @ARCH
 @dtype_option(

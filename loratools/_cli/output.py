@@ -241,7 +241,7 @@ def _value(name: str, value: Json) -> str:
 
 
 def _words(value: Mapping[str, Json]) -> list[str]:
-    words = [f"{key}: {_value('', item)}" for key, item in value.items()]
+    words = [f"{key}: {_value(key, item)}" for key, item in value.items() if item is not None]
     more = [f"... {len(words) - _WORDS_SHOWN} more"] if len(words) > _WORDS_SHOWN else []
     return [*words[:_WORDS_SHOWN], *more]
 

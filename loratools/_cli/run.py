@@ -75,12 +75,11 @@ def _no_recipe(path: Path) -> MissingFileError:
 
 def _text(recipe: str) -> str:
     """Return the recipe's text; raises MissingFileError, InputError."""
-    if recipe == "-":
-        return sys.stdin.read()
     path = Path(recipe)
-    if not path.is_file():
+    if recipe != "-" and not path.is_file():
         raise _no_recipe(path)
+    data = sys.stdin.buffer.read() if recipe == "-" else path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{recipe}: not UTF-8 text", hint="save it again as UTF-8") from error

@@ -1,6 +1,6 @@
 """Names that users give to types of few bits, for completion, which answers without torch.
 
-The tables that decide (``codecs.ggml_mixes``, ``planning.packing``, ``planning.quantising``)
+The tables that decide (``codecs.ggml_mixes``, ``planning.pack_targets``, ``planning.quantising``)
 import torch; a test compares.
 """
 

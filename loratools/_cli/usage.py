@@ -89,6 +89,11 @@ class NoSuchCommand(click.UsageError):
         self.name, self.known = name, known
 
 
+def other_names(command: str) -> tuple[str, ...]:
+    """Return what other tools, and people, call a command."""
+    return dict(_COMMANDS).get(command, ())
+
+
 def usage_words(
     error: click.UsageError, arguments: Sequence[str], commands: Collection[str]
 ) -> tuple[str, str]:

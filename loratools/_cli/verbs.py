@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -12,9 +13,11 @@ import click
 from loratools._cli.batch import split_inputs
 from loratools._cli.options import RepositoryParam
 from loratools._cli.output import Output
+from loratools._cli.usage import other_names
 from loratools.errors import OptionError
 from loratools.recipes.verbs import Outcome, Parameter, Role, Verb
 from loratools.report import Report
+from loratools.tensorfiles.beside import residual_places
 
 _OWN = frozenset({"json", "quiet", "verbose", "dry_run"})
 """Options that a recipe's steps do not have: ``run`` has them."""
@@ -58,7 +61,16 @@ def make_verb(command: click.Command, out: Output) -> Verb:
         partial(_parse, command),
         partial(_is_batch, command),
         partial(_run, command, out),
+        partial(_beside, command.name or ""),
+        other_names(command.name or ""),
     )
+
+
+def _beside(name: str, values: Mapping[str, Any]) -> Sequence[str]:
+    """Return where a command may write beside its output."""
+    if name == "merge" and values.get("residual_rank") is not None:
+        return [str(place) for place in residual_places(Path(values["output"]))]
+    return ()
 
 
 def _parameter(param: click.Parameter) -> Parameter:

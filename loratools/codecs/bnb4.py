@@ -8,6 +8,7 @@ in blocks of 256.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +30,11 @@ _FP4 = (*(x / 12 for x in _FP4_HALF), *(-x / 12 for x in _FP4_HALF))
 _TABLES = {"nf4": _NF4, "fp4": _FP4}
 
 NESTED_BLOCK = 256
+STORAGES: Mapping[str, int] = {
+    "U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8,
+}  # fmt: skip
+"""Types that the bytes of codes may be declared as (``quant_storage``) → their sizes in bytes."""
+
 _TINY = 1e-38  # keeps the reciprocal of an all-zero block finite
 
 

@@ -55,10 +55,16 @@ class Grid:
         levels, scale = self.levels.to(device), self.scale.to(device)
         return Grid(levels, scale, self.group.to(device), self.uniform, zero, offset)
 
-    def of_group(self, group: int) -> GroupGrid:
-        """Return what the columns of one group share."""
+    def of_group(self, group: int, least: Tensor | None = None) -> GroupGrid:
+        """Return what the columns of one group share.
+
+        Args:
+            group: which.
+            least: (rows,), the magnitude below which a scale counts as zero; by default it must
+                be zero.
+        """
         scale = self.scale[:, group].contiguous()
-        dead = scale == 0
+        dead = scale == 0 if least is None else scale.abs() <= least
         zero, offset = (
             None if part is None else part[:, group].contiguous()
             for part in (self.zero, self.offset)
@@ -86,10 +92,10 @@ class GroupGrid:
     """One group's grid: all are (rows,).
 
     Attributes:
-        scale: 1 where the stored one is zero.
+        scale: 1 where the stored one counts as zero.
         zero: or None for 0.
         offset: or None for 0.
-        dead: where the stored scale is zero, or None if it is nowhere.
+        dead: where the stored scale counts as zero, or None if it does nowhere.
     """
 
     scale: Tensor

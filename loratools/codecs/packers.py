@@ -21,6 +21,7 @@ from loratools.codecs.fp8 import quantise_fp8
 from loratools.codecs.int8_rows import quantise_int8
 from loratools.codecs.mlx_affine import quantise_mlx
 from loratools.codecs.packed import Patch
+from loratools.codecs.scheme_records import FLOAT_NAMES
 
 Shape = tuple[int, ...]
 
@@ -78,10 +79,7 @@ class Packing(ABC):
 
 # ── bitsandbytes, 4 bits ──
 
-_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-STORAGES: Mapping[str, int] = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-"""Types that bitsandbytes may declare the bytes of its codes as, and their sizes in bytes."""
-
+_NAMES = {word: name for name, word in FLOAT_NAMES.items()}
 # Room for the offset of nested scales, which is only known after all rows: 9 digits are a float32.
 _OFFSET_WIDTH = 16
 
@@ -110,7 +108,7 @@ class BnB4Packer(Packer):
     @property
     def _width(self) -> int:
         """Bytes of one element of the storage type."""
-        return STORAGES[self.storage]
+        return bnb4.STORAGES[self.storage]
 
     def fits(self, shape: Shape) -> bool:
         return len(shape) == 2 and -(-math.prod(shape) // 2) % self._width == 0

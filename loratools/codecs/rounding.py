@@ -22,6 +22,9 @@ STRENGTH = 10.0
 """The whole protected error against the whole error, λ·r/columns, unless the user says otherwise.
 Less loses small changes, more gains nothing (benchmarks/requant_quality.py)."""
 
+# Levels so small beside a row's weights are all zero to them; in their units errors overflow.
+_NOTHING = 1e-30
+
 
 def weight_of(strength: float, basis: Tensor) -> float:
     """Return λ for a strength that does not depend on how many directions there are of how many.
@@ -63,7 +66,8 @@ def shaped_codes(
     seen = torch.zeros(basis.shape[1], target.shape[0], device=target.device)
     gains = basis * (strength / (1.0 + strength * basis.square().sum(1, keepdim=True)))
     search = Search(grid)
-    groups = [(columns, grid.of_group(group)) for group, columns in _groups(grid)]
+    least = _NOTHING * torch.maximum(target.abs().amax(1), grid.scale.abs().amax(1))
+    groups = [(columns, grid.of_group(group, least)) for group, columns in _groups(grid)]
     for sweep in range(sweeps):
         for columns, own in groups:
             part = _Group(search, own, own.inside(wanted[columns]), errors[columns])

@@ -14,14 +14,20 @@ from loratools.codecs import bnb4
 from loratools.codecs.bnb4_weight import BnB4Weight
 from loratools.codecs.int8_rows import Int8Weight
 from loratools.codecs.packed import PackedWeight
-from loratools.codecs.scheme_records import FLOATS, Found, Scheme, Understood
+from loratools.codecs.scheme_records import (
+    FLOATS,
+    Found,
+    Scheme,
+    Understood,
+    always,
+    float_word,
+)
 
 _FOUR, _EIGHT = "bitsandbytes 4-bit", "bitsandbytes int8"
 _METHODS = frozenset({"bitsandbytes"})
 _STATES = {
     kind: f".weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")
 }  # fmt: skip
-_FLOAT_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def _understand_bnb4(found: Found) -> Understood:
@@ -39,7 +45,7 @@ def _understand_bnb4(found: Found) -> Understood:
     def build(parts: Mapping[str, Tensor]) -> PackedWeight:
         return BnB4Weight(shape, _exact_map(parts, kind), min(blocksize, count), nested, offset)
 
-    return shape, build, _FLOAT_WORDS.get(str(state.get("dtype")).removeprefix("torch."))
+    return shape, build, float_word(state.get("dtype"))
 
 
 def _state(found: Found) -> Mapping[str, Any]:
@@ -62,12 +68,9 @@ def _sizes(found: Found, state: Mapping[str, Any]) -> tuple[int, ...]:
 def _expect_bytes(found: Found, count: int) -> None:
     """Raise unless the codes take so many bytes, of whatever dtype they are stored in."""
     shape, word = found.shape("weight"), found.dtype("weight")
-    stored = math.prod(shape) * _ITEMS.get(word, 0)
-    if stored < count or stored >= count + max(_ITEMS.get(word, 0), 1):
+    width = bnb4.STORAGES[word]
+    if not count <= math.prod(shape) * width < count + width:
         raise found.fault(_FOUR, f".weight is {word} {shape}, not {count} bytes")
-
-
-_ITEMS = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 def _nesting(found: Found, state: Mapping[str, Any], blocks: int) -> tuple[int, float]:
@@ -109,10 +112,6 @@ def _understand_int8(found: Found) -> Understood:
     return shape, lambda parts: Int8Weight(shape, parts), None
 
 
-def _always(found: Found) -> bool:
-    return True
-
-
 def _lacks_scales(found: Found) -> bool:
     """Whether the config says int8 of a weight whose scales, which tell it otherwise, are gone."""
     said = found.config.get("quant_method") == "bitsandbytes"
@@ -129,12 +128,12 @@ BNB_SCHEMES: tuple[Scheme, ...] = (
                 "quant_map": (".weight.quant_map",), "nested_absmax": (".weight.nested_absmax",),
                 "nested_quant_map": (".weight.nested_quant_map",),
             },
-            _always,
+            always,
             _understand_bnb4,
             frozenset({"nested_absmax", "nested_quant_map"}),
             methods=_METHODS,
             dtypes={
-                "state": ("U8",), "weight": tuple(_ITEMS), "absmax": ("U8", *FLOATS),
+                "state": ("U8",), "weight": tuple(bnb4.STORAGES), "absmax": ("U8", *FLOATS),
                 "quant_map": FLOATS, "nested_absmax": FLOATS, "nested_quant_map": FLOATS,
             },
         )
@@ -151,6 +150,6 @@ BNB_SCHEMES: tuple[Scheme, ...] = (
             methods=_METHODS,
             dtypes={"weight": ("I8",), "SCB": FLOATS},
         )
-        for marker, applies in ((".SCB", _always), (".weight", _lacks_scales))
+        for marker, applies in ((".SCB", always), (".weight", _lacks_scales))
     ),
 )  # fmt: skip

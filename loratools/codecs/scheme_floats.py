@@ -1,4 +1,4 @@
-"""Rows of the table of schemes: FP8 with scales, FP8 without, MXFP4 and NVFP4."""
+"""Rows of the table of schemes: 8 bits with scales, FP8 without, MXFP4 and NVFP4."""
 
 from __future__ import annotations
 
@@ -66,23 +66,27 @@ def scale_block(
     of blocks of ``block``.
     """
     scale, count = found.shape(part), math.prod(found.shape(part))
+    # As many blocks of columns as there are rows: (1, rows) are blocks.
+    expected = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+    if scale == expected and count > 1 and len(shape) < 4:
+        return block
     matrices = math.prod(shape[:-2] if len(shape) < 4 else ())
     columns = shape[-1] if len(shape) < 4 else math.prod(shape[1:])
     rows = math.prod(shape) // columns
     if count == 1 or (count == rows and scale[-1:] in ((1,), (rows // matrices,))):
         return None
+    stored = f"{found.ending(part)} has shape {scale}"
     if len(shape) > 3:
-        raise found.fault(scheme, f"{found.ending(part)} has shape {scale} for a weight of {shape}")
-    expected = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
-    if scale != expected:
-        raise found.fault(
-            scheme,
-            f"{found.ending(part)} has shape {scale} where blocks of {block} make {expected}",
-        )
-    return block
+        raise found.fault(scheme, f"{stored} for a weight of {shape}")
+    raise found.fault(scheme, f"{stored} where blocks of {block} make {expected}")
 
 
 _INT8 = "int8 with scales"
+
+
+def _is_int8(found: Found) -> bool:
+    said = found.config.get("quant_method") == "modelopt"
+    return found.dtype("weight") == "I8" and ("scale" in found.names or said)
 
 
 def _understand_int8(found: Found) -> Understood:
@@ -164,7 +168,7 @@ FLOAT_SCHEMES: tuple[Scheme, ...] = (
         _INT8,
         ".weight",
         {"weight": (".weight",), "scale": (".weight_scale", ".scale_weight")},
-        lambda found: found.dtype("weight") == "I8" and "scale" in found.names,
+        _is_int8,
         _understand_int8,
         methods=frozenset({"modelopt"}),
         dtypes={"scale": FLOATS},

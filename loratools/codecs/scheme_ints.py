@@ -15,7 +15,7 @@ from loratools.codecs.hqq import HQQWeight
 from loratools.codecs.int_words import AWQWeight, GPTQWeight
 from loratools.codecs.mlx_affine import MLXWeight
 from loratools.codecs.packed import PackedWeight
-from loratools.codecs.scheme_records import FLOATS, WHOLE, Found, Scheme, Understood
+from loratools.codecs.scheme_records import FLOATS, WHOLE, Found, Scheme, Understood, always
 
 # ── words of 32 bits ──
 
@@ -204,10 +204,6 @@ def _mlx_mode(mode: str) -> Scheme:
     )
 
 
-def _always(found: Found) -> bool:
-    return True
-
-
 INT_SCHEMES: tuple[Scheme, ...] = (
     Scheme(
         "gptq",
@@ -226,7 +222,7 @@ INT_SCHEMES: tuple[Scheme, ...] = (
         "awq",
         ".qweight",
         {"qweight": (".qweight",), "qzeros": (".qzeros",), "scales": (".scales",)},
-        _always,
+        always,
         _understand_awq,
         methods=frozenset({"awq"}),
         dtypes={"qweight": ("I32",), "qzeros": ("I32",), "scales": FLOATS},
@@ -238,7 +234,7 @@ INT_SCHEMES: tuple[Scheme, ...] = (
             "W_q": (".W_q",), "scale": (".scale",), "zero": (".zero",), "shape": (".shape",),
             "nbits": (".nbits",), "group_size": (".group_size",), "axis": (".axis",),
         },
-        _always,
+        always,
         _understand_hqq,
         methods=frozenset({"hqq"}),
         dtypes={

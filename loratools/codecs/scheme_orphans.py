@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from loratools.codecs.scheme_records import FLOATS, Scheme, Spec
+from loratools.codecs.scheme_records import AGAIN, FLOATS, Scheme, Spec
 from loratools.codecs.scheme_rows import SCHEMES
 from loratools.codecs.scheme_torchao import header_words, scheme_of, stored_prefix
 from loratools.errors import CorruptFileError
@@ -59,7 +59,7 @@ def refuse_orphans(
         if scheme and codes not in tensors:
             raise CorruptFileError(
                 f"{name}: stored as {scheme}, but there is no {codes}",
-                hint="fetch or save the file again",
+                hint=AGAIN,
             )
 
 
@@ -92,12 +92,12 @@ def _refuse_pairs(name: str, tensors: Mapping[str, Spec]) -> None:
         if f"{module}_blocks" not in tensors:
             raise CorruptFileError(
                 f"{module}: stored as mxfp4, but there is no {module}_blocks",
-                hint="fetch or save the file again",
+                hint=AGAIN,
             )
 
 
 def _fault(name: str, scheme: str, module: str) -> CorruptFileError:
     return CorruptFileError(
         f"{module}: {name} belongs to a weight stored as {scheme}, and there is none",
-        hint="fetch or save the file again",
+        hint=AGAIN,
     )

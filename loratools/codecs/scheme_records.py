@@ -16,8 +16,24 @@ FLOATS8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 EXPONENTS = frozenset({"U8", "F8_E8M0"})
 WHOLE = frozenset({"I8", "U8", "I16", "I32", "I64"})
 
+FLOAT_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""torch's names of the float types that weights are quantised from → dtype words."""
+
 ORIGINAL = "merge into the 16-bit original of this base"
 """The next step where a scheme cannot be read."""
+
+AGAIN = "fetch or save the file again"
+"""The next step where a file contradicts itself."""
+
+
+def always(found: Found) -> bool:
+    """Return True: a scheme that its marker alone tells."""
+    return True
+
+
+def float_word(name: object) -> str | None:
+    """Return the dtype word of a float type by torch's name, with or without ``torch.``."""
+    return FLOAT_NAMES.get(str(name).removeprefix("torch."))
 
 
 class Spec(Protocol):
@@ -113,9 +129,7 @@ class Found:
 
     def fault(self, scheme: str, problem: str) -> CorruptFileError:
         """Return the error for parts that do not belong together."""
-        return CorruptFileError(
-            f"{self.module}: stored as {scheme}, but {problem}", hint="fetch or save the file again"
-        )
+        return CorruptFileError(f"{self.module}: stored as {scheme}, but {problem}", hint=AGAIN)
 
     def unknown(self, scheme: str, what: str) -> UnsupportedError:
         """Return the error for a variant of a scheme that cannot be read."""

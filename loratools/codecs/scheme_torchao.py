@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,13 @@ from loratools.codecs.int4_pairs import Int4PairsWeight
 from loratools.codecs.int_blocks import IntBlocksWeight
 from loratools.codecs.scheme_floats import Block, understand_nvfp4
 from loratools.codecs.scheme_records import (
+    EXPONENTS,
     FLOATS,
     FLOATS8,
     Found,
     Scheme,
     Understood,
+    float_word,
 )
 
 MARKER = "_qdata"
@@ -33,7 +35,6 @@ _TILES = {
     "Int4PlainInt32Tensor": "words in the order of one vendor's instructions",
     "Int4PreshuffledTensor": "codes in the order of one GPU's instructions",
 }
-_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BITS = {f"int{bits}": bits for bits in range(1, 9)}
 
 
@@ -87,7 +88,7 @@ def _attributes(found: Found, scheme: str) -> Mapping[str, Any]:
 
 def _word(attributes: Mapping[str, Any], name: str = "dtype") -> str | None:
     said = attributes.get(name)
-    return _WORDS.get(str(said.get("_data"))) if isinstance(said, Mapping) else None
+    return float_word(said.get("_data")) if isinstance(said, Mapping) else None
 
 
 def _block(found: Found, scheme: str, shape: tuple[int, ...], said: object) -> Block:
@@ -211,14 +212,13 @@ _MORE = {
     "act_zero": ("_act_quant_zero_point",), "act_scale_2": ("_act_per_tensor_scale",),
 }  # fmt: skip
 _OPTIONAL = frozenset({"zero_point", "act_pre_scale", *_MORE})
-_EXPONENT = ("F8_E8M0", "U8")
 
 
 def _row(
     name: str,
     kind: str,
     understand: Callable[[str, Found], Understood],
-    dtypes: Mapping[str, tuple[str, ...]],
+    dtypes: Mapping[str, Collection[str]],
     *needed: str,
 ) -> Scheme:
     return Scheme(
@@ -234,32 +234,32 @@ def _row(
     )
 
 
-_FLOATS, _WHOLE = tuple(FLOATS), ("I8", "I16", "I32", "I64")
+_ZEROS = FLOATS | {"I8", "I16", "I32", "I64"}
 
 TORCHAO_SCHEMES: tuple[Scheme, ...] = (
     _row(
         "torchao int8", "Int8Tensor", _understand_int8,
-        {"weight": ("I8",), "scale": _FLOATS, "zero_point": (*_WHOLE, *_FLOATS)},
+        {"weight": ("I8",), "scale": FLOATS, "zero_point": _ZEROS},
     ),
     _row(
         "torchao intx", "IntxUnpackedToInt8Tensor", _understand_int8,
-        {"weight": ("I8",), "scale": _FLOATS, "zero_point": (*_WHOLE, *_FLOATS)}, "zero_point",
+        {"weight": ("I8",), "scale": FLOATS, "zero_point": _ZEROS}, "zero_point",
     ),
     _row(
         "torchao float8", "Float8Tensor", _understand_float8,
-        {"weight": tuple(FLOATS8), "scale": _FLOATS},
+        {"weight": FLOATS8, "scale": FLOATS},
     ),
     _row(
         "torchao int4", "Int4Tensor", _understand_int4,
-        {"weight": ("I8", "U8"), "scale": _FLOATS, "zero_point": _FLOATS}, "zero_point",
+        {"weight": ("I8", "U8"), "scale": FLOATS, "zero_point": FLOATS}, "zero_point",
     ),
     _row(
         "torchao mx", "MXTensor", _understand_mx,
-        {"weight": ("U8", *FLOATS8), "scale": _EXPONENT},
+        {"weight": ("U8", *FLOATS8), "scale": EXPONENTS},
     ),
     _row(
         "torchao nvfp4", "NVFP4Tensor", _understand_nvfp4,
-        {"weight": ("U8",), "scale": ("F8_E4M3",), "scale_2": _FLOATS},
+        {"weight": ("U8",), "scale": ("F8_E4M3",), "scale_2": FLOATS},
     ),
     Scheme(
         "torchao",

@@ -11,6 +11,7 @@ from loratools.codecs.scheme_floats import cast_packing
 from loratools.codecs.scheme_groups import check_format, refuse_sparse
 from loratools.codecs.scheme_orphans import CODES, refuse_orphans, schemes_of
 from loratools.codecs.scheme_records import (
+    AGAIN,
     FLOATS,
     FLOATS8,
     ORIGINAL,
@@ -188,6 +189,6 @@ def _casts(
             raise CorruptFileError(
                 f"{name}: stored as fp8, but there is no scale beside it, as others of the file "
                 "have",
-                hint="fetch or save the file again",
+                hint=AGAIN,
             )
         yield cast_packing(name, spec)

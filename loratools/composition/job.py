@@ -25,7 +25,7 @@ from loratools.formats.format import Format
 from loratools.keymaps.gguf_base import GGUFBase
 from loratools.keymaps.gguf_naming import concerns_gguf, in_transformers_naming
 from loratools.keymaps.mlx_base import MLXBase
-from loratools.keymaps.mlx_naming import in_transformers_names
+from loratools.keymaps.mlx_naming import concerns_mlx, meeting
 from loratools.keymaps.target import NAMINGS, Naming
 from loratools.keymaps.translate import in_one_naming
 from loratools.merge_methods.method import Method
@@ -121,8 +121,8 @@ def plan_job(
     check_additive(names, loaded)
     if concerns_gguf(*(adapter.naming for adapter in loaded)) and not _are_in(target, loaded):
         loaded = in_transformers_naming(loaded, language_base)
-    if not _are_in(target, loaded):
-        loaded = in_transformers_names(loaded, mlx_base)
+    if concerns_mlx(*(adapter.naming for adapter in loaded)):
+        loaded = meeting(loaded, mlx_base)
     adapters, _ = in_one_naming(loaded, arch, _meeting_naming(loaded, target))
     columns = line_up(names, adapters)
     paths = [*columns, *(name for adapter in adapters for name in adapter.extras)]

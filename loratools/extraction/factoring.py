@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loratools.deltas import ExpertLoRA, LoRA
 from loratools.deltas.lora import Role
@@ -120,10 +119,9 @@ def _lora(svd: SVD, change: Change, shape: tuple[int, ...]) -> LoRA:
     """Return the factors, alpha = rank, in mathematical order (out, in)."""
     if not change.transposed:
         return lora_from_svd(svd, shape)
-    turned = SVD(svd.right.mT, svd.values, svd.left.mT)
     role: Role = "embedding" if change.kind == "embedding" else "linear"
     # Embeddings come here only where the format sees their tables as (dim, tokens).
-    return lora_from_svd(turned, shape[::-1], role=role)
+    return lora_from_svd(svd.transposed, shape[::-1], role=role)
 
 
 def _experts(change: Change, difference: Difference, wish: Wish, device: str) -> Found:
@@ -134,7 +132,7 @@ def _experts(change: Change, difference: Difference, wish: Wish, device: str) ->
     if any(one.rank < rank for one in kept):
         kept = [truncated_svd(matrix, rank, exact=wish.exact) for matrix in stack]
     shape = change.pair.shape[1:]
-    loras = [_lora(_padded(one.svd, rank), change, shape) for one in kept]
+    loras = [_lora(one.svd.padded(rank), change, shape) for one in kept]
     lost, least = (
         math.sqrt(sum((share * one.norm) ** 2 for share, one in pairs))
         for pairs in ([(one.error, one) for one in kept], [(one.least, one) for one in kept])
@@ -153,14 +151,4 @@ def _experts(change: Change, difference: Difference, wish: Wish, device: str) ->
         error=lost / difference.norm,
         least=least / difference.norm,
         method=_method(kept[0]),
-    )
-
-
-def _padded(svd: SVD, rank: int) -> SVD:
-    """Return the triplets of an expert that did not change with zeros behind them."""
-    more = rank - svd.values.shape[0]
-    return SVD(
-        functional.pad(svd.left, (0, more)),
-        functional.pad(svd.values, (0, more)),
-        functional.pad(svd.right, (0, 0, 0, more)),
     )

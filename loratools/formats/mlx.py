@@ -129,7 +129,7 @@ def _check_complete(path: str, found: Mapping[str, Tensor], config: MLXConfig, s
 def _stack(path: str, a: Tensor, b: Tensor, config: MLXConfig, source: str) -> ExpertLoRA:
     experts, _, rank = b.shape
     if a.dim() == 2 and a.shape[0] == experts * rank:
-        # mlx-lm before 0.20 kept the experts' rows in one matrix, expert by expert.
+        # Older versions of mlx-lm keep the rows of all experts in one matrix, expert by expert.
         a = a.reshape(experts, rank, -1)
     fits = a.dim() == 3 and a.shape[:2] == (experts, rank)
     if not fits or not a.numel() or not b.numel() or config.kind == "dora":
@@ -230,8 +230,8 @@ def losses(adapter: Adapter) -> Mapping[str, str]:
     for name, extra in adapter.extras.items():
         if adapter.layers or not isinstance(extra, Replacement):
             copy = isinstance(extra, Replacement) and extra.origin == "base_copy"
-            what = "the base's own tensor, which PEFT saved too" if copy else f"a {extra.kind} tensor"
-            found[name] = f"{what}, and mlx-lm loads factors alone beside factors"
+            what = "a copy of the base's own" if copy else f"a {extra.kind}"
+            found[name] = f"{what} tensor, and mlx-lm loads factors alone beside factors"
     return found
 
 

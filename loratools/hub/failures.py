@@ -47,7 +47,7 @@ def explain(error: BaseException, subject: str, kind: Kind = HubError) -> Lorato
     for cause in chain:
         status = status_of(cause)
         if status is not None:
-            message, hint = _by_status(status, subject, _server_words(cause))
+            message, hint = _by_status(status, subject, _server_words(cause), kind)
             return kind(message, hint)
     if any(is_unreachable(cause) for cause in chain):
         return kind(*_unreachable(subject))
@@ -170,10 +170,11 @@ _BY_NAME: tuple[tuple[str, Callable[[str], tuple[str, str | None]]], ...] = (
 )
 """Class of the Hub's library → message and hint; the order is that of the search."""
 
+_NO_RIGHT = "does not allow this"
 _STATUS = {
     401: ("refused the access token", f"it may have expired: log in again, that is, {LOG_IN}"),
     403: (
-        "does not allow this",
+        _NO_RIGHT,
         "use a token that may write here; without one, --create-pr proposes a change",
     ),
     409: ("says that it conflicts with the repository's state", "look at its page and try again"),
@@ -182,7 +183,9 @@ _STATUS = {
 }
 
 
-def _by_status(status: int, subject: str, words: str) -> tuple[str, str | None]:
+def _by_status(status: int, subject: str, words: str, kind: Kind) -> tuple[str, str | None]:
+    if status == 403 and kind is HubError:
+        return f"{subject}: {_endpoint()} {_NO_RIGHT}{words}", "use a token that may read there"
     if status in _STATUS:
         message, hint = _STATUS[status]
         return f"{subject}: {_endpoint()} {message}{words}", hint

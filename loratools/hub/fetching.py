@@ -140,6 +140,20 @@ def _snapshot(listing: Listing, names: Iterable[str], folder: Path | None = None
     )
 
 
+def check_access(listing: Listing, names: Iterable[str]) -> None:
+    """See that a gated repository, which anyone may list, opens its files to this user.
+
+    Files that the cache has need no access. Raises HubError.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    lacking = (name for name in names if listing.gated and not cached(listing, name))
+    if (name := next(lacking, None)) is not None:
+        url = hf_hub_url(listing.reference.repo, name, revision=listing.commit)
+        with hub_errors(listing.reference.text):
+            persistently(lambda: get_hf_file_metadata(url))
+
+
 def is_cached(listing: Listing, names: Iterable[str]) -> bool:
     """Return whether files of a listing are in the cache."""
     return all(cached(listing, name) for name in names)

@@ -32,12 +32,14 @@ class Listing:
         files: path in the repository → size in bytes, of the whole repository.
         commit: the commit that the revision means now, or ``None`` where the cache answered.
         cached: then the commit that the cache has.
+        gated: whether the files open only to those whom the owner admits.
     """
 
     reference: Reference
     files: Mapping[str, int]
     commit: str | None
     cached: str | None = None
+    gated: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -74,19 +76,19 @@ def list_files(reference: Reference) -> Listing:
 def _ask(reference: Reference) -> Listing:
     api = hub_api()
 
-    def ask() -> tuple[str | None, list[Any]]:
+    def ask() -> tuple[Any, list[Any]]:
         found = api.model_info(reference.repo, revision=reference.revision)
         entries = api.list_repo_tree(reference.repo, revision=found.sha, recursive=True)
-        return found.sha, list(entries)
+        return found, list(entries)
 
-    commit, entries = persistently(ask)
+    found, entries = persistently(ask)
     files = {
         entry.path: entry.size
         for entry in entries
         if hasattr(entry, "size") and entry.path not in _OF_THE_REPOSITORY
     }
     _refuse_unsafe(reference, files)
-    return Listing(reference, files, commit)
+    return Listing(reference, files, found.sha, gated=bool(found.gated))
 
 
 def _refuse_unsafe(reference: Reference, names: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from loratools.errors import HubError
+from loratools.errors import HubError, OptionError
 from loratools.tensorfiles.missing import address_hint, shown
 
 SCHEME = "hf://"
@@ -74,6 +74,18 @@ def parse_repository(text: str) -> Reference:
         hint = address_hint(text) or f"write OWNER/NAME, or {GRAMMAR}"
         raise HubError(f"{shown(text)}: not a name of a repository", hint)
     return parse_reference(SCHEME + text)
+
+
+def with_revision(reference: Reference, revision: str | None) -> Reference:
+    """Return a reference at the revision that an option names; OptionError for two of them."""
+    if revision is None:
+        return reference
+    if reference.revision not in (None, revision):
+        raise OptionError(
+            f"{reference.text} says revision {reference.revision}, and --revision {revision}",
+            hint="say one of them",
+        )
+    return replace(reference, revision=revision)
 
 
 def reference_at(text: str, revision: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,9 @@ from loratools.keymaps.gguf_config import BaseConfig, config_from_gguf, flat_con
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.file_names import ADAPTER_CONFIG, TORCH_SUFFIXES
 from loratools.tensorfiles.gguf_split import open_gguf
-from loratools.tensorfiles.header import read_header
+from loratools.tensorfiles.inputs import read_json_object
 from loratools.tensorfiles.missing import no_such_path
-from loratools.tensorfiles.sharded import read_index
+from loratools.tensorfiles.sharded import folder_shapes
 
 if TYPE_CHECKING:
     from loratools.keymaps.gguf_model import GGUFModel
@@ -125,7 +125,7 @@ def open_gguf_base(path: Path) -> GGUFBase:
     if not path.is_file():
         raise no_such_path(path)
     if path.suffix == ".json":
-        return base_from_config(_read_config(path), str(path))
+        return base_from_config(read_json_object(path), str(path))
     if path.suffix in (".safetensors", *TORCH_SUFFIXES):
         # The weights tell neither heads nor rotary scaling; the config beside them does.
         if not (path.parent / "config.json").is_file():
@@ -197,36 +197,13 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 def _open_folder(path: Path) -> GGUFBase:
     config = path / "config.json"
     if config.is_file():
-        return base_from_config(_read_config(config), str(path), _parameters(path))
+        return base_from_config(read_json_object(config), str(path), folder_shapes(path) or None)
     models = sorted(path.glob("*.gguf"))
     if len(models) == 1:
         return _open_model(models[0])
     if (path / ADAPTER_CONFIG).is_file():
         raise UnsupportedError(f"{path}: an adapter, not a base model", hint=_LANGUAGE_MODEL)
     raise MissingFileError(f"{path}: no config.json in this folder", hint=_LANGUAGE_MODEL)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path}: not JSON ({error})", "fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path}: not a JSON object", "fetch the file again")
-    return value
-
-
-def _parameters(path: Path) -> Shapes | None:
-    """Return the shapes in a folder's safetensors files, or ``None`` where it has none."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if index.is_file():
-        names: Sequence[str] = sorted(set(read_index(index).weight_map.values()))
-        files = [path / name for name in names]
-    else:
-        files = [single] if single.is_file() else []
-    found = {name: spec.shape for file in files for name, spec in read_header(file).tensors.items()}
-    return found or None
 
 
 def _open_model(path: Path) -> GGUFBase:

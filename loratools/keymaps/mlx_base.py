@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,13 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from loratools.errors import CorruptFileError, MissingFileError, UnsupportedError
+from loratools.errors import MissingFileError, UnsupportedError
 from loratools.keymaps.mlx_rows import EXPERT_COUNTS, ROWS, MLXRow
 from loratools.keymaps.names import NameIndex
-from loratools.tensorfiles.file_names import INDEX_SUFFIX, MODEL_WEIGHTS
-from loratools.tensorfiles.header import read_header
+from loratools.tensorfiles.inputs import read_json_object
 from loratools.tensorfiles.missing import no_such_path
-from loratools.tensorfiles.sharded import read_index
+from loratools.tensorfiles.sharded import folder_shapes
 
 _LANGUAGE_MODEL = "give the base language model's folder or its config.json"
 
@@ -55,6 +53,22 @@ class MLXBase:
                 return found[0]
         return None
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head is the input table, by the config's word or for want of a head.
+
+        False where nothing is known.
+        """
+        text = self.config.get("text_config")
+        sections = [self.config, text if isinstance(text, dict) else {}]
+        said = [
+            words["tie_word_embeddings"] for words in sections if "tie_word_embeddings" in words
+        ]
+        if said:
+            return bool(said[0])
+        heads = ("lm_head.weight", "output.weight", "embed_out.weight")
+        return bool(self.shapes) and not any(name.endswith(heads) for name in self.shapes)
+
     @cached_property
     def index(self) -> NameIndex:
         """The tensors by every name that they go by."""
@@ -76,7 +90,7 @@ def open_mlx_base(path: Path) -> MLXBase:
     config = path / "config.json" if path.is_dir() else path
     if not config.is_file():
         raise MissingFileError(f"{path}: no config.json in this folder", hint=_LANGUAGE_MODEL)
-    return MLXBase(_read_config(config), _shapes(path) if path.is_dir() else {})
+    return MLXBase(read_json_object(config), folder_shapes(path) if path.is_dir() else {})
 
 
 def own_base(words: Mapping[str, Any]) -> MLXBase | None:
@@ -85,21 +99,3 @@ def own_base(words: Mapping[str, Any]) -> MLXBase | None:
     folder = Path(name) if isinstance(name, str) and name else None
     there = folder is not None and (folder / "config.json").is_file()
     return open_mlx_base(folder) if folder is not None and there else None
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path}: not JSON ({error})", "fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path}: not a JSON object", "fetch the file again")
-    return value
-
-
-def _shapes(folder: Path) -> Mapping[str, Sequence[int]]:
-    single = folder / MODEL_WEIGHTS[0]
-    index = folder / (MODEL_WEIGHTS[0] + INDEX_SUFFIX)
-    names = set(read_index(index).weight_map.values()) if index.is_file() else set()
-    files = [folder / name for name in sorted(names)] or [single][: single.is_file()]
-    return {name: spec.shape for file in files for name, spec in read_header(file).tensors.items()}

@@ -17,7 +17,7 @@ from loratools.errors import InputError, MatchError
 from loratools.keymaps.gguf_factors import Change, Parts, join_rows, with_rows
 from loratools.keymaps.gguf_ops import Split, Stack
 from loratools.keymaps.mlx_base import MLXBase
-from loratools.keymaps.mlx_rows import OWNER_DISK, PROJECTIONS
+from loratools.keymaps.mlx_rows import FUSED_IN_MEMORY, OWNER_DISK, PROJECTIONS
 
 _NEEDS_BASE = "name the base model with --base: its folder or its config.json"
 _ONE = re.compile(r"(?P<owner>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>\w+)")
@@ -139,8 +139,8 @@ def _straight(stack: ExpertLoRA, leaf: str, base: MLXBase) -> ExpertLoRA:
 # ── from mlx-lm ──────────────────────────────────────────────────────────────────────────────
 
 
-def unstacked_experts(layers: Layers, base: MLXBase) -> tuple[dict[str, LayerDelta], list[str]]:
-    """Return the layers with experts as the base's checkpoint has them, and notes.
+def unstacked_experts(layers: Layers, base: MLXBase, *, in_memory: bool) -> dict[str, LayerDelta]:
+    """Return the layers with experts as the base's checkpoint has them, or as they are in memory.
 
     Without a base: one matrix an expert, as nearly all checkpoints. Raises InputError where that
     cannot be told.
@@ -159,18 +159,23 @@ def unstacked_experts(layers: Layers, base: MLXBase) -> tuple[dict[str, LayerDel
             )
         groups.setdefault(match["owner"], {})[_MEANING[match["leaf"]]] = delta
     for owner, stacks in groups.items():
-        found = _fused(owner, stacks, base) if _is_fused(owner, base) else None
-        done |= _singles(owner, stacks, base) if found is None else found
-    return done, []
+        fused = _is_fused(owner, base, in_memory=in_memory)
+        done |= _fused(owner, stacks, base) if fused else _singles(owner, stacks, base)
+    return done
 
 
-def _is_fused(owner: str, base: MLXBase) -> bool:
+def _is_fused(owner: str, base: MLXBase, *, in_memory: bool) -> bool:
+    if in_memory:
+        return base.row.fused or base.model_type in FUSED_IN_MEMORY
     if not base.shapes:
         return base.row.fused
     return any(base.index.find(f"{owner}.experts.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
 
 
 def _fused(owner: str, stacks: Mapping[str, ExpertLoRA], base: MLXBase) -> dict[str, LayerDelta]:
+    row, (parent, _, last) = base.row, owner.rpartition(".")
+    if row.owner and last == row.owner[1]:
+        owner = f"{parent}.{row.owner[0]}"
     done: dict[str, LayerDelta] = {}
     if "down_proj" in stacks:
         done[f"{owner}.experts.down_proj"] = stacks["down_proj"]

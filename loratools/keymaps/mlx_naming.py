@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 from loratools.adapter import Adapter, in_natural_order
-from loratools.deltas import ExpertLoRA, LayerDelta
+from loratools.deltas import ExpertLoRA, LayerDelta, LoRA
 from loratools.errors import UnsupportedError
+from loratools.keymaps.detection import certain_architecture
 from loratools.keymaps.mlx_base import MLXBase, own_base
 from loratools.keymaps.mlx_experts import stacked_experts, unstacked_experts
 from loratools.keymaps.mlx_rows import NEOX_LEAVES, NESTED, MLXRow
+from loratools.keymaps.mlx_tying import with_tied_head, without_tied_head
 
 NAMING = "mlx"
 _CONFIG = "adapter_config.json"
@@ -31,18 +33,25 @@ def concerns_mlx(*namings: str) -> bool:
     return NAMING in namings and set(namings) != {NAMING}
 
 
-def has_mlx_experts(names: Sequence[str] | Mapping[str, object]) -> bool:
-    """Return whether a checkpoint has its experts stacked as mlx-lm does."""
-    return any(map(_STACKED.search, names))
+def is_mlx_named(base: MLXBase) -> bool:
+    """Return whether a checkpoint has mlx-lm's names where they differ from transformers'."""
+    if any(map(_STACKED.search, base.shapes)):
+        return True
+    prefixes = () if base.row.prefixes == NESTED else base.row.prefixes
+    old, new = (tuple(pair[n] for pair in prefixes) for n in (0, 1))
+    return any(n.startswith(new) and not n.startswith(old) for n in base.shapes)
 
 
-def renamed_mlx(adapter: Adapter, naming: str, base: MLXBase | None = None) -> Adapter:
+def renamed_mlx(
+    adapter: Adapter, naming: str, base: MLXBase | None = None, *, for_merge: bool = False
+) -> Adapter:
     """Return an adapter with paths and experts in the other naming, to or from mlx-lm's.
 
     Args:
         adapter: in mlx-lm's naming or transformers'.
         naming: the one that is wanted.
         base: what the adapter is for; by default the folder that it names itself, if it is there.
+        for_merge: whether experts are wanted as the checkpoint has them, not as in memory.
 
     Raises:
         UnsupportedError: namings of image models; modules that only one of the two has.
@@ -53,23 +62,27 @@ def renamed_mlx(adapter: Adapter, naming: str, base: MLXBase | None = None) -> A
     words = json.loads(adapter.metadata.get(_CONFIG, "{}"))
     known = base or own_base(words) or MLXBase()
     if adapter.naming == NAMING:
-        return _from_mlx(adapter, known)
-    if adapter.naming != "transformers":
+        return _from_mlx(adapter, known, for_merge=for_merge)
+    image = certain_architecture(adapter)
+    if adapter.naming != "transformers" or image:
         raise UnsupportedError(
             "mlx-lm's adapters are for language models, and this adapter's names are those of an "
-            f"image model ({adapter.naming})",
+            f"image model ({image.title if image else adapter.naming})",
             hint="convert it to another format; `loratools formats` lists them",
         )
     return _to_mlx(adapter, known)
 
 
-def in_transformers_names(
-    adapters: Sequence[Adapter], base: MLXBase | None = None
-) -> tuple[Adapter, ...]:
-    """Return adapters with those in mlx-lm's naming taken to transformers', the others as given."""
-    return tuple(
-        renamed_mlx(a, "transformers", base) if a.naming == NAMING else a for a in adapters
-    )
+def meeting(adapters: Sequence[Adapter], base: MLXBase | None = None) -> tuple[Adapter, ...]:
+    """Return adapters of which some are in mlx-lm's naming and some in transformers', in one.
+
+    That is mlx-lm's where experts meet and the base is known, as checkpoints and memory have them
+    in several ways; else transformers'.
+    """
+    stacks = any(a.naming == "transformers" and has_stacks(a) for a in adapters)
+    naming = NAMING if stacks and base is not None else "transformers"
+    both = (NAMING, "transformers")
+    return tuple(renamed_mlx(a, naming, base) if a.naming in both else a for a in adapters)
 
 
 # ── to mlx-lm ────────────────────────────────────────────────────────────────────────────────
@@ -80,9 +93,10 @@ def _to_mlx(adapter: Adapter, base: MLXBase) -> Adapter:
     row = base.row
     nested = any(map(_NESTED.match, (*adapter.layers, *adapter.extras)))
     prefixes = row.prefixes or (NESTED if nested and base.model_type is None else ())
-    named = _renamed(adapter.layers, prefixes, row)
+    named = _renamed(without_tied_head(adapter.layers, base), prefixes, row)
     _check_present(named, row, base)
     layers, notes = stacked_experts(named, base)
+    notes += _levelling(layers)
     return replace(
         adapter,
         layers=in_natural_order(layers),
@@ -90,6 +104,19 @@ def _to_mlx(adapter: Adapter, base: MLXBase) -> Adapter:
         naming=NAMING,
         notes=(*adapter.notes, *notes),
     )
+
+
+def _levelling(layers: Mapping[str, LayerDelta]) -> list[str]:
+    """Return what one rank and one scale for all layers mean for these."""
+    inner = [getattr(delta, "inner", delta) for delta in layers.values()]
+    loras = [one for one in inner if isinstance(one, (LoRA, ExpertLoRA))]
+    ranks = {lora.rank for lora in loras}
+    notes = []
+    if len(ranks) > 1:
+        notes.append(f"mlx-lm has one rank for all: others have zeros up to {max(ranks)}")
+    if len({f"{lora.scale:.6g}" for lora in loras}) > 1:
+        notes.append("mlx-lm has one scale for all: others are folded into the factors")
+    return notes
 
 
 def _renamed(
@@ -148,23 +175,22 @@ def _check_extras(adapter: Adapter, base: MLXBase) -> None:
 # ── from mlx-lm ──────────────────────────────────────────────────────────────────────────────
 
 
-def _from_mlx(adapter: Adapter, base: MLXBase) -> Adapter:
+def _from_mlx(adapter: Adapter, base: MLXBase, *, for_merge: bool) -> Adapter:
     _check_extras(adapter, base)
     row = base.row
     inner = tuple((new, old) for old, new in row.inner if not row.fused)
     prefixes = _back(row) if base.model_type else _guessed(adapter)
     turned = replace(row, inner=inner)
-    layers, notes = unstacked_experts(adapter.layers, base)
+    layers = unstacked_experts(adapter.layers, base, in_memory=not for_merge)
     words = json.loads(adapter.metadata.get(_CONFIG, "{}"))
     named = words.get("base_model_name_or_path")
     config = {"task_type": "CAUSAL_LM", **({"base_model_name_or_path": named} if named else {})}
     return replace(
         adapter,
-        layers=in_natural_order(_renamed(layers, prefixes, turned)),
+        layers=in_natural_order(with_tied_head(_renamed(layers, prefixes, turned), base)),
         extras=_renamed(adapter.extras, prefixes, turned),
         naming="transformers",
         metadata={**adapter.metadata, _CONFIG: json.dumps(config, sort_keys=True)},
-        notes=(*adapter.notes, *notes),
     )
 
 

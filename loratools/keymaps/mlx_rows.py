@@ -72,6 +72,7 @@ ROWS: Mapping[str, MLXRow] = {
         (
             ("gpt_neox.layers.", "model.h."),
             ("gpt_neox.", "model."),
+            ("lm_head", "model.embed_out"),
             ("embed_out", "model.embed_out"),
         )
     ),
@@ -115,6 +116,16 @@ ROWS: Mapping[str, MLXRow] = {
     ),
 }  # fmt: skip
 """``model_type`` → how it differs."""
+
+FUSED_IN_MEMORY: frozenset[str] = frozenset(
+    {
+        "afmoe", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1",
+        "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "jamba",
+        "lfm2_moe", "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe",
+        "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    }
+)  # fmt: skip
+"""Types whose experts transformers 5 has in one parameter, which their checkpoints have apart."""
 
 EXPERT_COUNTS = (
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",

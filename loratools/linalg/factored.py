@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from loratools.errors import NonFiniteError
 
@@ -27,6 +28,20 @@ class SVD:
     def leading(self, rank: int) -> SVD:
         """Return the first ``rank`` triplets: the best approximation of that rank."""
         return SVD(self.left[..., :rank], self.values[..., :rank], self.right[..., :rank, :])
+
+    def padded(self, rank: int) -> SVD:
+        """Return ``rank`` triplets of the same product, those behind its own being zero."""
+        more = rank - self.values.shape[-1]
+        return SVD(
+            functional.pad(self.left, (0, more)),
+            functional.pad(self.values, (0, more)),
+            functional.pad(self.right, (0, 0, 0, more)),
+        )
+
+    @property
+    def transposed(self) -> SVD:
+        """The triplets of the transpose."""
+        return SVD(self.right.mT, self.values, self.left.mT)
 
 
 def factored_svd(up: Tensor, down: Tensor) -> SVD:

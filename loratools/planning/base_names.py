@@ -13,7 +13,8 @@ from loratools.keymaps.gguf_base import open_gguf_base
 from loratools.keymaps.gguf_naming import renamed_gguf
 from loratools.keymaps.mlx_base import MLXBase
 from loratools.keymaps.mlx_naming import NAMING as MLX
-from loratools.keymaps.mlx_naming import has_mlx_experts, has_stacks, renamed_mlx
+from loratools.keymaps.mlx_naming import has_stacks, is_mlx_named, renamed_mlx
+from loratools.keymaps.mlx_tying import with_tied_head
 from loratools.keymaps.names import NameIndex
 from loratools.keymaps.translate import (
     detect_architecture,
@@ -61,16 +62,15 @@ def _across_mlx(adapter: Adapter, base: BaseModel) -> Adapter:
 
     Names that the base has are taken as they stand, whoever gave them.
     """
-    stacked = not base.is_gguf and has_mlx_experts(base.tensors)
-    if MLX not in (adapter.naming, MLX if stacked else None):
-        return adapter
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     known = MLXBase(base.config or {}, {} if base.is_gguf else shapes)
+    named = is_mlx_named(known)
     if adapter.naming == MLX:
-        there = stacked or (not has_stacks(adapter) and _fits_as_it_is(adapter, base))
-        fits = replace(adapter, naming="transformers")
-        return fits if there else renamed_mlx(adapter, "transformers", known)
-    if adapter.naming == "transformers" and has_stacks(adapter):
+        there = named or (not has_stacks(adapter) and _fits_as_it_is(adapter, base))
+        layers = with_tied_head(adapter.layers, known)
+        fits = replace(adapter, layers=layers, naming="transformers")
+        return fits if there else renamed_mlx(adapter, "transformers", known, for_merge=True)
+    if adapter.naming == "transformers" and named and not _fits_as_it_is(adapter, base):
         return replace(renamed_mlx(adapter, MLX, known), naming="transformers")
     return adapter
 
@@ -87,7 +87,8 @@ def _architecture_of(base: BaseModel, adapter: Adapter) -> Architecture:
         if not ours:
             raise
         raise MatchError(
-            f"the adapter is for {ours[0].title}, and {base.path} does not look it: {error.message}",
+            f"the adapter is for {ours[0].title}, and {base.path} does not look it: "
+            f"{error.message}",
             hint=f"give the base that it was trained on, or say --arch {ours[0].id} if this is one",
         ) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from loratools.basemodel import BaseModel, BaseTensor
 from loratools.basetensors import float_word, quantisation_words
@@ -17,15 +16,15 @@ from loratools.planning.placement import place_adapters
 from loratools.planning.trained_base import Trained
 from loratools.planning.trained_schemes import measured, read_scheme
 from loratools.report import Note
-from loratools.streaming.blocks import TensorWork
 from loratools.streaming.checkpoint import (
-    CONFIG_DTYPES,
     DTYPE_WORDS,
     Checkpoint,
+    dtype_fields,
     output_dtype,
     plan_checkpoint,
 )
 from loratools.streaming.derived import round_trip, rounded
+from loratools.streaming.works import TensorWork
 from loratools.tensorfiles.dtypes import FLOAT_WORDS
 
 _OPTIONS: Mapping[str, str] = {word: option for option, word in DTYPE_WORDS.items()}
@@ -83,7 +82,7 @@ def plan_trained_unpacking(
         floats = [tensor for tensor in plain_ones if tensor.dtype in FLOAT_WORDS]
         works |= {t.name: _work(rounded(t, DTYPE_WORDS[others]), dtype) for t in floats}
     plain, dropped = without_marks(base)
-    config = {**dequantised_config(base, works), **_dtype_words(base, word)}
+    config = {**dequantised_config(base, works), **dtype_fields(base, word)}
     checkpoint = plan_checkpoint(plain, works, dropped=dropped, dtype=dtype or others)
     left = [path for path in plain.left_out if path not in base.left_out]
     notes += [Note(f"left out, because it speaks of quantised weights: {path}") for path in left]
@@ -120,12 +119,6 @@ def _seen(tensor: BaseTensor, state: str, trained: Trained) -> BaseTensor:
     """
     compute = trained.scheme.compute
     return rounded(tensor, state, state if compute in (None, "F32") else compute)
-
-
-def _dtype_words(base: BaseModel, word: str) -> dict[str, Any]:
-    names = [name for name in ("dtype", "torch_dtype") if base.config_word(name)]
-    written = CONFIG_DTYPES[word]
-    return {name: written for name in names if base.config_word(name) != written}
 
 
 # ── what fits together ──

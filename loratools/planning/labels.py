@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.basemodel import BaseModel
-from loratools.streaming.blocks import TensorWork
+from loratools.streaming.works import TensorWork
 
 _LAST_LAYERS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Endings of the tensors of which transformers' classifiers have one row for each class."""

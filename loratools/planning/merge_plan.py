@@ -31,7 +31,6 @@ from loratools.planning.subspaces import rounding_for
 from loratools.planning.tied_embeddings import Tie, find_tie, resolve_tie
 from loratools.planning.widening import Widening, describe_widening, widened_config
 from loratools.report import Json, Level, Note
-from loratools.streaming.blocks import MakeFolds, TensorWork
 from loratools.streaming.checkpoint import (
     DTYPE_WORDS,
     REMOVED,
@@ -41,6 +40,7 @@ from loratools.streaming.checkpoint import (
     unchanged,
     with_words,
 )
+from loratools.streaming.works import MakeFolds, TensorWork
 from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS, dtype_word, torch_dtype
 
 __all__ = [

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.basemodel import BaseModel
+from loratools.codecs.ggml import GGML_TYPES
+from loratools.codecs.ggml_grids import GGML_GRIDS
 from loratools.deltas import Replacement
 from loratools.planning.merge_plan import LoadedAdapter, MergePlan
 from loratools.planning.no_change import Touched
 from loratools.planning.placement import Placement
 from loratools.planning.quantising import retained_fact, retention_notes
 from loratools.report import Json, Note, Report
-from loratools.streaming.blocks import TensorResult, TensorWork
 from loratools.streaming.checkpoint import Results
+from loratools.streaming.works import TensorResult, TensorWork
+from loratools.tensorfiles.dtypes import DTYPES
+
+_TYPES_WITHOUT_GRID = GGML_TYPES.keys() - GGML_GRIDS.keys() - DTYPES.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +158,21 @@ def _replacement_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> 
 
 
 def _unshaped_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> Iterator[Note]:
-    """Yield a note on tensors that adapter-aware rounding was asked for and had no directions."""
+    """Yield notes on tensors that adapter-aware rounding was asked for and could not do."""
     works = plan.checkpoint.works
     wanted = [n for n in results if (r := works[n].rounding) and r.strength is not None]
-    plain = [name for name in wanted if results[name].subspace_error is None]
-    if plain:
-        names = ", ".join(plain[:4]) + (f" and {len(plain) - 4} more" if plain[4:] else "")
-        yield Note(
-            f"{len(plain)} tensors are rounded to nearest, since their changes are no low-rank "
-            f"product of inputs: {names}",
-            "warning",
-        )
+    loose = [n for n in wanted if works[n].dtype in _TYPES_WITHOUT_GRID]
+    plain = [n for n in wanted if results[n].subspace_error is None and n not in loose]
+    types = ", ".join(sorted({works[name].dtype for name in loose}))
+    for names, reason in (
+        (plain, "their changes are no low-rank product of inputs"),
+        (loose, f"adapter-aware rounding has no grid of {types}"),
+    ):
+        if names:
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+            yield Note(
+                f"{len(names)} tensors are rounded to nearest, since {reason}: {shown}", "warning"
+            )
 
 
 def _unchanged_notes(plan: MergePlan, results: Mapping[str, TensorResult]) -> list[Note]:

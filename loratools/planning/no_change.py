@@ -10,7 +10,7 @@ import torch
 from loratools.deltas import AdditiveDelta, LayerDelta
 from loratools.errors import MatchError
 from loratools.planning.placement import Placement
-from loratools.streaming.blocks import TensorResult
+from loratools.streaming.works import TensorResult
 from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
 
 

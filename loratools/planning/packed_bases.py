@@ -20,8 +20,8 @@ from loratools.planning.placement import Placement
 from loratools.planning.quantising import DEQUANTIZE, KEEP, check_quant
 from loratools.planning.subspaces import rounding_for
 from loratools.report import Note
-from loratools.streaming.blocks import TensorWork
-from loratools.streaming.checkpoint import CONFIG_DTYPES, REMOVED, output_dtype
+from loratools.streaming.checkpoint import REMOVED, dtype_fields, output_dtype
+from loratools.streaming.works import TensorWork
 
 NEAREST, ADAPTER_AWARE = ROUNDINGS = ("nearest", "adapter-aware")
 """The words of ``--rounding``."""
@@ -150,9 +150,7 @@ def dequantised_config(base: BaseModel, works: Mapping[str, TensorWork]) -> dict
     edits: dict[str, Any] = dict.fromkeys(quantisation_fields(config), REMOVED)
     words = Counter(works[weight.name].dtype for weight in base.packed if weight.name in works)
     if words:
-        written = CONFIG_DTYPES[words.most_common(1)[0][0]]
-        named = [name for name in ("dtype", "torch_dtype") if base.config_word(name)]
-        edits |= {name: written for name in named if base.config_word(name) != written}
+        edits |= dtype_fields(base, words.most_common(1)[0][0])
     return edits
 
 

@@ -11,21 +11,18 @@ from loratools.basemodel import BaseModel, BaseTensor
 from loratools.codecs.packers import BnB4Packer, Int8Packer, Packer
 from loratools.errors import InputError, UnsupportedError
 from loratools.keymaps.linear_layers import LinearLayers
-from loratools.planning.pack_targets import PACKED_TARGETS, Target
+from loratools.planning.pack_targets import Target
 from loratools.planning.tied_embeddings import find_tie
 from loratools.report import Note
-from loratools.streaming.blocks import TensorWork
 from loratools.streaming.checkpoint import (
-    CONFIG_DTYPES,
     Checkpoint,
     output_dtype,
     plan_checkpoint,
 )
 from loratools.streaming.derived import rounded, turned
 from loratools.streaming.layouts import FileWork
-from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS
-
-__all__ = ["PACKED_TARGETS", "Packed", "pack_works", "plan_packing"]
+from loratools.streaming.works import TensorWork
+from loratools.tensorfiles.dtypes import DTYPES, FLOAT_NAMES, FLOAT_WORDS
 
 _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.(weight|\w+\.weight)$")
 _BITSANDBYTES = (BnB4Packer, Int8Packer)
@@ -135,7 +132,7 @@ class _Chooser:
         target, name = self.target, tensor.name
         packer = target.own.get(name.removesuffix(".weight"), target.packer)
         shape = tensor.shape[::-1] if self.layers.is_turned(name) else tensor.shape
-        if tensor.dtype not in CONFIG_DTYPES or packer is None or not packer.fits(shape):
+        if tensor.dtype not in FLOAT_NAMES or packer is None or not packer.fits(shape):
             return None
         return packer if self._is_taken(name) else None
 
@@ -183,7 +180,7 @@ def _is_matrix(tensor: BaseTensor) -> bool:
 
 
 def _float_name(base: BaseModel, dtype: str) -> str:
-    return CONFIG_DTYPES[output_dtype(base.main_dtype, dtype)]
+    return FLOAT_NAMES[output_dtype(base.main_dtype, dtype)]
 
 
 def _refuse(base: BaseModel, target: Target, layers: LinearLayers) -> None:

@@ -26,14 +26,9 @@ from loratools.deltas.corner import CornerFold
 from loratools.errors import MatchError, UnsupportedError
 from loratools.formats.module_reading import RESHAPE
 from loratools.formats.parameters import is_carried
-from loratools.keymaps.expert_rows import TRANSPOSED_TYPES
 from loratools.keymaps.names import NameIndex
-from loratools.keymaps.transformers_rows import (
-    CONV1D_LEAVES,
-    CONV1D_TYPES,
-    TIED_BIASES,
-    TRANSPOSED_PARAMETERS,
-)
+from loratools.keymaps.transformers_rows import TIED_BIASES
+from loratools.planning.orientation import Orientation
 from loratools.planning.widening import Widening, find_widenings
 
 Part = Literal["weight", "bias"]
@@ -152,6 +147,7 @@ class _Finder:
         for head, shared in tied_heads.items():
             self.shapes.setdefault(head, self.shapes[shared])
         self.index = NameIndex(self.shapes)
+        self.orientation = Orientation(self.shapes, base.config_words("model_type"))
         self.placements: list[Placement] = []
         self.added: list[str] = []
         self.problems: list[_Problem] = []
@@ -228,7 +224,7 @@ class _Finder:
         if delta.changes_weight and corner:
             yield Placement(name, path, delta, strength, position, corner=corner)
         elif delta.changes_weight:
-            transposed = self._orientation(path, name, delta)
+            transposed = self._turned(path, name, delta)
             if transposed is None:
                 return
             yield Placement(name, path, delta, strength, position, transposed)
@@ -308,47 +304,11 @@ class _Finder:
         )
         self.notes.append(f"names: the adapter's {ours!r} is the base's {theirs!r}")
 
-    def _orientation(self, path: str, name: str, delta: LayerDelta) -> bool | None:
-        stored, wanted = _matrix_shape(self.shapes[name]), _matrix_shape(delta.weight_shape)
-        stacked = isinstance(delta, ExpertLoRA)
-        flippable = stacked or len(wanted) == 2
-        flipped = (*wanted[:-2], wanted[-1], wanted[-2]) if flippable else None
-        fits_straight, fits_flipped = stored == wanted, stored == flipped
-        if delta.stored_transposed is True:
-            fits_straight = False
-        elif fits_flipped and not stacked and not self._may_flip(name):
-            fits_flipped = False
-        if fits_straight and fits_flipped:
-            return self._is_conv1d(name) if not stacked else self._is_flipped_stack(delta)
-        if fits_straight or fits_flipped:
-            return fits_flipped
-        self._refuse(f"{path}: {_mismatch(delta, name, self.shapes[name])}")
-        return None
-
-    def _may_flip(self, name: str) -> bool:
-        """Return whether a layer may store (in, out): Conv1D's, and parameters that stand alone."""
-        leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        return leaf in CONV1D_LEAVES or not name.endswith(".weight")
-
-    def _is_flipped_stack(self, delta: LayerDelta) -> bool:
-        old_axes = isinstance(delta, ExpertLoRA) and delta.flipped_if_square
-        types = self.base.config_words("model_type")
-        return old_axes or not TRANSPOSED_TYPES.isdisjoint(types)
-
-    def _is_conv1d(self, name: str) -> bool:
-        leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if leaf in TRANSPOSED_PARAMETERS and not name.endswith(".weight"):
-            return True
-        if leaf not in CONV1D_LEAVES:
-            return False
-        types = self.base.config_words("model_type")
-        # A composite model (vit-gpt2) names its decoder's type in a section of its own.
-        return not CONV1D_TYPES.isdisjoint(types) if types else self._has_wide_conv1d()
-
-    def _has_wide_conv1d(self) -> bool:
-        """Without a config, GPT-2's fused c_attn, stored (E, 3E), tells the layout."""
-        wide = (s for n, s in self.shapes.items() if n.endswith("c_attn.weight") and len(s) == 2)
-        return any(shape[1] == 3 * shape[0] for shape in wide)
+    def _turned(self, path: str, name: str, delta: LayerDelta) -> bool | None:
+        turned = self.orientation.turned(name, delta)
+        if turned is None:
+            self._refuse(f"{path}: {_mismatch(delta, name, self.shapes[name])}")
+        return turned
 
     def _bias_home(self, path: str, weight_name: str, change: Tensor) -> str | None:
         name = weight_name.removesuffix("weight") + "bias"
@@ -417,13 +377,6 @@ def _in_shape(delta: LayerDelta, stored: tuple[int, ...]) -> LayerDelta:
     except UnsupportedError:
         # The comparison of shapes that follows says what does not fit, or finds it transposed.
         return delta
-
-
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape without the trailing 1s of a pointwise convolution."""
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
 
 
 def _mismatch(delta: LayerDelta, name: str, stored: tuple[int, ...]) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loratools.basemodel import BaseModel
+from loratools.basetensors import quantisation_fields
 from loratools.codecs.ggml_mixes import Mix, choose_types
 from loratools.errors import OptionError, UnsupportedError
 from loratools.planning.for_adapter import plan_trained_packing, plan_trained_unpacking
 from loratools.planning.gguf_checkpoint import as_folder, from_checkpoint, to_checkpoint
 from loratools.planning.loading import PathLike
-from loratools.planning.packing import PACKED_TARGETS, plan_packing
+from loratools.planning.pack_targets import PACKED_TARGETS
+from loratools.planning.packing import plan_packing
 from loratools.planning.recoding import (
     FLOAT_MIXES,
     first_header,
@@ -25,18 +28,15 @@ from loratools.planning.trained_base import find_trained
 from loratools.planning.trained_schemes import is_named
 from loratools.planning.unpacking import plan_unpacking
 from loratools.report import Json, Note
-from loratools.streaming.blocks import TensorWork
-from loratools.streaming.checkpoint import REMOVED, Checkpoint
+from loratools.streaming.checkpoint import REMOVED, Checkpoint, dtype_fields
 from loratools.streaming.layouts import FileWork
+from loratools.streaming.works import TensorWork
 from loratools.tensorfiles.dtypes import DTYPES
 
 _CONVERT = (
     "llama.cpp's convert_hf_to_gguf.py makes a GGUF of a Hugging Face folder, tokenizer included; "
     "or give a GGUF of the same model with --template"
 )
-
-_QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Words of ``config.json`` that plain numbers make wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def checkpoint_job(model: BaseModel, config: BaseModel | None, dtype: str, outpu
     word = FLOAT_MIXES[dtype]
     works = tuple(TensorWork(n, word, tensor.shape, tensor) for n, tensor in tensors.items())
     stand_in = as_folder(config, model)
-    edits = {} if config is None else _config_edits(config, dtype)
+    edits = {} if config is None else _config_edits(config, word)
     files = (FileWork("model.safetensors", works, stand_in.shards[0]),)
     checkpoint = Checkpoint(stand_in, files, edits)
     facts: dict[str, Json] = {"dtype": word, **size_facts(model, checkpoint)}
@@ -176,11 +176,10 @@ def checkpoint_job(model: BaseModel, config: BaseModel | None, dtype: str, outpu
     return Job(checkpoint, config.path, (*model.files, *config.files), facts, notes)
 
 
-def _config_edits(config: BaseModel, dtype: str) -> dict[str, Json]:
+def _config_edits(config: BaseModel, word: str) -> dict[str, Any]:
     """Return the words of ``config.json`` that no longer hold."""
-    said = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
-    edits = {word: said for word in ("dtype", "torch_dtype") if config.config_word(word)}
-    return {**edits, **{word: REMOVED for word in _QUANTISED if config.config_word(word)}}
+    gone = dict.fromkeys(quantisation_fields(config.config or {}), REMOVED)
+    return {**gone, **dtype_fields(config, word)}
 
 
 def _refuse_no_gguf(model: BaseModel, hint: str) -> None:

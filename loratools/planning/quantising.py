@@ -11,9 +11,9 @@ from torch import Tensor
 from loratools.basemodel import BaseModel, BaseTensor
 from loratools.errors import OptionError, UnsupportedError
 from loratools.report import Note
-from loratools.streaming.blocks import TensorResult
 from loratools.streaming.checkpoint import DTYPE_WORDS, output_dtype
 from loratools.streaming.stored import block_codec
+from loratools.streaming.works import TensorResult
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS, torch_dtype
 from loratools.tensorfiles.gguf import GGUFHeader
@@ -41,10 +41,7 @@ def check_quant(quant: str) -> str:
     word = quant.lower()
     known = {KEEP: KEEP, DEQUANTIZE: DEQUANTIZE, "dequantise": DEQUANTIZE, **block_types()}
     if word not in known:
-        raise OptionError(
-            f"unknown type {quant!r}",
-            hint=f"{did_you_mean(word, known)}; see `loratools formats`",
-        )
+        raise OptionError(f"unknown type {quant!r}", hint=did_you_mean(word, known))
     return known[word]
 
 

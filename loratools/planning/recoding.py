@@ -14,9 +14,9 @@ from loratools.errors import InputError, OptionError, UnsupportedError
 from loratools.planning.base_names import is_image
 from loratools.planning.pack_targets import PACKED_TARGETS
 from loratools.report import Json, Note
-from loratools.streaming.blocks import TensorWork
 from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, with_words
 from loratools.streaming.stored import block_elements
+from loratools.streaming.works import TensorWork
 from loratools.suggest import did_you_mean
 from loratools.tensorfiles.dtypes import DTYPES, FLOAT_WORDS
 from loratools.tensorfiles.gguf import GGUFHeader

@@ -24,12 +24,13 @@ from loratools.planning.residual_layers import (
     in_words_of_gguf,
     residual_layers,
 )
-from loratools.report import Note
-from loratools.streaming.blocks import TensorWork
+from loratools.report import Json, Note
 from loratools.streaming.checkpoint import Checkpoint, Results
 from loratools.streaming.gate import Gate
 from loratools.streaming.residuals import Residual, ResidualWish, empty_residual, share_kept
+from loratools.streaming.works import TensorWork
 from loratools.tensorfiles.atomic import StagedOutput, staged_output
+from loratools.tensorfiles.beside import residual_path
 from loratools.tensorfiles.destination import check_destination
 from loratools.tensorfiles.dtypes import DTYPES
 
@@ -88,6 +89,28 @@ class ResidualPlan:
             return in_names_of_comfyui(plain, base, self.arch)
         return replace(plain, naming=get_format(self.format).naming)
 
+    def facts(self, results: Results) -> dict[str, Json]:
+        """Return what a report says of the adapter; its share is null before the merge."""
+        found = list(_found(results).values())
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "rank": self.rank,
+            "bytes": self._nbytes(),
+            "share_captured": share_kept(found) if results else None,
+        }
+
+    def _nbytes(self) -> int:
+        """Return the bytes of all factors, in float32."""
+        size = 0
+        for plan in self.plans.values():
+            for work in plan.checkpoint.works.values():
+                if work.residual:
+                    rows, columns = work.residual.matrix_shape(work.shape)
+                    count = work.shape[0] if work.residual.stacked else 1
+                    size += 4 * count * min(self.rank, rows, columns) * (rows + columns)
+        return size
+
     def notes(self, results: Results | None) -> Iterator[Note]:
         """Yield what is in the adapter, or before the merge where it will be."""
         found = _found(results) if results else self.nothing()
@@ -137,10 +160,9 @@ def plan_residual(
             hint="use it with --quant keep, or for GGUF with a type such as --quant q4_0",
         )
     format_name = _format_for(plans)
-    own = output.stem if output.suffix in (".safetensors", ".gguf") else output.name
     made = ResidualPlan(
         _gathering(plans, coded, rank),
-        output.with_name(f"{own}-residual{_ENDINGS[format_name]}"),
+        residual_path(output, _ENDINGS[format_name]),
         rank,
         format_name,
         arch,

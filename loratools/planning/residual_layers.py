@@ -16,7 +16,6 @@ from loratools.deltas.lora import Role
 from loratools.deltas.spectral import lora_from_svd
 from loratools.keymaps.gguf_base import CONFIG_WORD, open_gguf_base
 from loratools.keymaps.translate import detect_base, find_architecture, translate
-from loratools.linalg.factored import SVD
 from loratools.planning.merge_plan import MergePlan
 from loratools.planning.tied_embeddings import find_tie
 from loratools.streaming.residuals import Residual
@@ -52,7 +51,7 @@ def residual_layers(
 def _matrix(residual: Residual, shape: tuple[int, ...], *, turned: bool, role: Role) -> LoRA:
     (svd,) = residual.svds
     if turned:
-        return lora_from_svd(_transposed(svd), shape[::-1], role=role)
+        return lora_from_svd(svd.transposed, shape[::-1], role=role)
     return lora_from_svd(svd, shape, role=role)
 
 
@@ -60,7 +59,7 @@ def _stack(
     residual: Residual, shape: tuple[int, ...], like: ExpertLoRA, *, turned: bool
 ) -> ExpertLoRA:
     own = shape[:0:-1] if turned else shape[1:]
-    svds = [_transposed(svd) if turned else svd for svd in residual.svds]
+    svds = [svd.transposed if turned else svd for svd in residual.svds]
     loras = [lora_from_svd(svd, own) for svd in svds]
     return ExpertLoRA(
         torch.stack([lora.down for lora in loras]),
@@ -74,10 +73,6 @@ def _is_turned(base: BaseModel, name: str) -> bool:
     """Return whether the stored codes have the last two axes the other way round."""
     tensor = base.tensors.get(name)
     return tensor is not None and tensor.packed is not None and tensor.packed.turned
-
-
-def _transposed(svd: SVD) -> SVD:
-    return SVD(svd.right.mT, svd.values, svd.left.mT)
 
 
 def in_names_of_comfyui(adapter: Adapter, base: BaseModel, arch: str | None) -> Adapter:

@@ -12,7 +12,8 @@ from loratools.deltas import AdditiveDelta, ExpertLoRA
 from loratools.planning.placement import Placement
 from loratools.streaming.subspaces import Rounding
 
-_NEGLIGIBLE = 1e-6
+# A direction is one that another row gives too, or none, where less than this part of it is new.
+_NEGLIGIBLE = 1e-5
 
 
 def rounding_for(placements: Sequence[Placement], strength: float | None) -> Rounding:
@@ -33,9 +34,9 @@ def input_bases(placements: Sequence[Placement], device: str) -> list[Tensor]:
     if len({len(rows) for rows in stacks}) != 1:
         return []
     joined = [torch.cat(rows).to(device, torch.float32) for rows in zip_longest(*stacks)]
-    if any(2 * len(rows) > rows.shape[1] for rows in joined):
-        return []
-    return [_orthonormal(rows) for rows in joined]
+    bases = [_orthonormal(rows) for rows in joined]
+    # Adapters may read the same directions, so these are counted and not the rows.
+    return [] if any(2 * basis.shape[1] > len(basis) for basis in bases) else bases
 
 
 def _input_rows(placement: Placement) -> list[Tensor] | None:
@@ -53,6 +54,8 @@ def _orthonormal(rows: Tensor) -> Tensor:
     # Lengths of rows are the adapter's matter: equal ones keep small directions from drowning.
     scaled = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     basis, triangle = torch.linalg.qr(scaled.T)
-    sizes = triangle.diagonal().abs()
-    kept: Tensor = basis[:, sizes > _NEGLIGIBLE]
+    # The triangle's diagonal would not do: behind a dependent row, others have parts along its
+    # column too.
+    turn, sizes, _ = torch.linalg.svd(triangle, full_matrices=False)
+    kept: Tensor = basis @ turn[:, sizes > _NEGLIGIBLE * max(float(sizes.amax()), 1.0)]
     return kept.contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.adapter_io import open_adapter
-from loratools.basemodel import open_base, read_json_object
+from loratools.basemodel import open_base
 from loratools.basetensors import float_word, quantisation_words
 from loratools.errors import HubError, InputError, MissingFileError, UnsupportedError
 from loratools.hub.fetching import fetch_files
@@ -21,6 +21,7 @@ from loratools.planning.merge_plan import PathLike
 from loratools.planning.pack_targets import PACKED_TARGETS, Target
 from loratools.planning.trained_schemes import Scheme, measured, read_scheme
 from loratools.tensorfiles.file_names import ADAPTER_CONFIG
+from loratools.tensorfiles.inputs import read_json_object
 
 _CONFIG = "config.json"
 # Where older tools wrote what transformers keeps in the config.

@@ -8,13 +8,15 @@ from types import MappingProxyType
 from typing import Any
 
 from loratools.basemodel import BaseModel
+from loratools.codecs.bnb4 import STORAGES
 from loratools.codecs.bnb4_weight import BnB4Weight
-from loratools.codecs.packers import STORAGES, BnB4Packer, FP8Packer, Int8Packer, MLXPacker, Packer
+from loratools.codecs.packers import BnB4Packer, FP8Packer, Int8Packer, MLXPacker, Packer
 from loratools.planning.pack_targets import PACKED_TARGETS, Target
+from loratools.tensorfiles.dtypes import FLOAT_NAMES
 
 Words = Mapping[str, Any]
 
-_FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+_FLOATS = {name: word for word, name in FLOAT_NAMES.items()}
 _BLOCKSIZE = BnB4Packer("nf4").blocksize
 _STORAGE = {**_FLOATS, "uint8": "U8", "int8": "I8"}
 

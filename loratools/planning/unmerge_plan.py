@@ -19,8 +19,9 @@ from loratools.planning.provenance import provenance_of
 from loratools.planning.quantising import rounding_of
 from loratools.planning.widening import find_left_wide
 from loratools.report import Json, Note
-from loratools.streaming.blocks import TensorResult, TensorWork, sample
+from loratools.streaming.blocks import sample
 from loratools.streaming.checkpoint import Checkpoint, plan_checkpoint, unchanged, with_words
+from loratools.streaming.works import TensorResult, TensorWork
 from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
 
 # What a merge may have corrected in config.json.

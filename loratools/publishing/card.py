@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from loratools.publishing.usage import usage
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 """The Hub's words, https://huggingface.co/docs/hub/model-cards#specifying-a-base-model."""
+
+_METADATA = re.compile(r"\s*---[ \t]*\r?\n(?P<data>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+"""What stands at the top of a card; it may be empty."""
 
 _DONE = {
     "adapter": "An adapter for {bases}.",
@@ -97,15 +101,22 @@ def read_card(text: str) -> Any:
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
-    begun = text.lstrip().startswith("---")
     try:
-        return ModelCard(text if begun else f"---\n\n---\n{text}")
+        return ModelCard(_framed(text))
     except (ValueError, TypeError, YAMLError) as error:
         words = str(error).partition("\n")[0]
         raise UploadError(
             f"README.md: its metadata cannot be read ({words})",
             hint="mend the lines between the two --- at its top",
         ) from error
+
+
+def _framed(text: str) -> str:
+    """Return a card with its metadata between lines of the form that the library looks for."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    found = _METADATA.match(text)
+    data, rest = (found["data"], text[found.end() :]) if found else ("", text)
+    return f"---{end}{data or end}---{end}{rest}"
 
 
 def _text(contents: Contents, facts: CardFacts) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.adapter_io import find_weights, open_adapter
-from loratools.basemodel import BaseModel, is_pipeline, open_base, open_pipeline, read_json_object
+from loratools.basemodel import BaseModel, is_pipeline, open_base, open_pipeline
 from loratools.errors import InputError, UnknownArchitectureError, UnknownFormatError
-from loratools.formats import get_row
+from loratools.formats import get_format, get_row
 from loratools.keymaps.detection import detect_architecture
 from loratools.planning.provenance import merged_adapters
+from loratools.publishing.staying import staying, told
 from loratools.publishing.words import (
     IMAGE_ARCHITECTURES,
     LIBRARIES,
@@ -25,16 +26,15 @@ from loratools.publishing.words import (
 from loratools.tensorfiles.file_names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    LEFT_FOLDERS,
     TORCH_SUFFIXES,
     WEIGHT_SUFFIXES,
 )
-from loratools.tensorfiles.inputs import open_input
+from loratools.tensorfiles.inputs import open_input, read_json_object
 
 CARD = "README.md"
 _BASE_WORDS = ("ss_base_model", "base_model", "ss_sd_model_name")
 _TRIGGER_WORDS = ("modelspec.trigger_phrase", "instance_prompt")
-_TRAINING = ("trainer_state.json", "training_args.bin")
+_RUNTIME_TAGS = {"gguf": ("llama-cpp",), "mlx": ("mlx",)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Contents:
         made_of: name and strength of each adapter that was merged.
         facts: rows for a table.
         local_card: the text of a ``README.md`` beside the files.
+        left: what lies beside them and stays there.
     """
 
     what: str
@@ -74,6 +75,7 @@ class Contents:
     made_of: tuple[tuple[str, float], ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     local_card: str | None = None
+    left: tuple[str, ...] = ()
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -112,11 +114,12 @@ def _adapter(path: Path, name: str, adapter: Adapter) -> Contents:
     architecture = _architecture(name, adapter)
     kinds = sorted({delta.kind for delta in adapter.layers.values()})
     file = _weights_name(name, weights)
+    files, left = _adapter_files(path, weights, file, name)
     words = adapter.metadata
     return Contents(
         what="adapter",
         format=name,
-        files=dict(_adapter_files(path, weights, file, name)),
+        files=files,
         weights=file,
         library=LIBRARIES.get(name, "diffusers"),
         relation="adapter",
@@ -124,16 +127,18 @@ def _adapter(path: Path, name: str, adapter: Adapter) -> Contents:
         named_bases=tuple(_adapter_bases(config, words)),
         license=words.get("modelspec.license") or words.get("license"),
         pipeline_tag=TASKS.get(str(config.get("task_type")))
+        or ("text-generation" if name == "mlx" else None)
         or ("text-to-image" if architecture in IMAGE_ARCHITECTURES else None),
         trigger=next((words[key] for key in _TRIGGER_WORDS if words.get(key)), None),
         task=config.get("task_type"),
         facts=_adapter_facts(name, adapter, kinds, architecture),
         local_card=_card_beside(weights.parent if path.is_file() else path),
+        left=left,
     )
 
 
 def _architecture(name: str, adapter: Adapter) -> str | None:
-    if name in ("peft", "gguf"):
+    if name in ("peft", "gguf", "mlx"):
         return adapter.arch
     try:
         return detect_architecture(adapter).id
@@ -151,34 +156,31 @@ def _weights_name(name: str, weights: Path) -> str:
 
 def _adapter_files(
     path: Path, weights: Path, file: str, name: str
-) -> Iterator[tuple[str, Path | bytes]]:
-    yield file, weights
-    if name == "peft" and (weights.parent / ADAPTER_CONFIG).is_file():
-        yield ADAPTER_CONFIG, weights.parent / ADAPTER_CONFIG
-    if not path.is_dir():
-        return
+) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """Return what is published, and what lies beside it and is not."""
+    files: dict[str, Path | bytes] = {file: weights}
     folder = weights.parent
-    for child in sorted(folder.rglob("*")):
+    if get_format(name).has_side_files and (folder / ADAPTER_CONFIG).is_file():
+        files[ADAPTER_CONFIG] = folder / ADAPTER_CONFIG
+    stayed: list[Path] = []
+    for child in sorted(folder.rglob("*")) if path.is_dir() else ():
         inner = child.relative_to(folder)
-        if child.is_file() and not _stays_here(inner):
-            yield inner.as_posix(), child
-
-
-def _stays_here(inner: Path) -> bool:
-    """Return whether a file beside an adapter is no part of it: state of training, copies."""
-    hidden = any(part.startswith(".") or LEFT_FOLDERS.fullmatch(part) for part in inner.parts)
-    own = inner.name in (CARD, ADAPTER_CONFIG, *_TRAINING)
-    return hidden or own or inner.suffix in WEIGHT_SUFFIXES
+        if not child.is_file() or inner.name in (CARD, ADAPTER_CONFIG) or child == weights:
+            continue
+        if stays := staying(inner) or (inner if inner.suffix in WEIGHT_SUFFIXES else None):
+            stayed.append(stays)
+        else:
+            files[inner.as_posix()] = child
+    return files, told(stayed)
 
 
 def _adapter_tags(kinds: list[str], architecture: str | None, name: str) -> Iterator[str]:
     if any(kind in LORA_KINDS for kind in kinds):
         yield "lora"
     yield from (kind for kind in kinds if kind in ("dora", "loha", "lokr", "oft", "boft", "ia3"))
-    if architecture and name not in ("peft", "gguf"):
+    if architecture and name not in ("peft", "gguf", "mlx"):
         yield architecture
-    if name == "gguf":
-        yield "llama-cpp"
+    yield from _RUNTIME_TAGS.get(name, ())
     yield "loratools"
 
 
@@ -235,7 +237,8 @@ def _model(base: BaseModel) -> Contents:
     weights = next(iter(files))
     if base.index:
         files[base.index] = folder / base.index
-    files |= {name.as_posix(): folder / name for name in base.side_files}
+    stayed = {name: staying(name) for name in base.side_files}
+    files |= {name.as_posix(): folder / name for name in base.side_files if not stayed[name]}
     card = files.pop(CARD, None)
     config = base.config or {}
     made_of = tuple(merged_adapters(base)) if base.is_gguf else ()
@@ -252,6 +255,7 @@ def _model(base: BaseModel) -> Contents:
         made_of=made_of,
         facts=_model_facts(base),
         local_card=_card_beside(folder) if card else None,
+        left=told([*base.left_out, *filter(None, stayed.values())]),
     )
 
 
@@ -291,10 +295,13 @@ def _model_facts(base: BaseModel) -> dict[str, str]:
 def _pipeline(path: Path) -> Contents:
     pipeline = open_pipeline(path)
     inside: dict[str, Path | bytes] = {}
+    left: list[Path] = []
     for name, model in pipeline.components.items():
         part = _model(model)
         inside |= {f"{name}/{inner}": file for inner, file in part.files.items()}
-    others = {name.as_posix(): path / name for name in pipeline.other_files}
+        left += [Path(name, inner) for inner in part.left]
+    stayed = {name: staying(name) for name in pipeline.other_files}
+    others = {name.as_posix(): path / name for name, stays in stayed.items() if not stays}
     others.pop(CARD, None)
     index = read_json_object(path / "model_index.json")
     return Contents(
@@ -308,4 +315,5 @@ def _pipeline(path: Path) -> Contents:
         task=index.get("_class_name"),
         facts={"Pipeline": str(index.get("_class_name", ""))},
         local_card=_card_beside(path),
+        left=told([*filter(None, stayed.values()), *left]),
     )

@@ -72,6 +72,15 @@ def _llama_adapter(contents: Contents, repo: str, base: str) -> str:
     )
 
 
+def _mlx_adapter(contents: Contents, repo: str, base: str) -> str:
+    code = _code(
+        "sh",
+        f"hf download {repo} --local-dir adapter",
+        f'mlx_lm.generate --model {base} --adapter-path adapter --prompt "Hello"',
+    )
+    return f"{code}\n\n{_merge_line(repo, base)}"
+
+
 def _llama_model(contents: Contents, repo: str, base: str) -> str:
     return _code("sh", f"llama-cli --hf-repo {repo} --hf-file {contents.weights}")
 
@@ -103,6 +112,7 @@ def _download(contents: Contents, repo: str, base: str) -> str:
 _WRITERS: dict[tuple[str, str], Callable[[Contents, str, str], str]] = {
     ("adapter", "peft"): _peft,
     ("adapter", "gguf"): _llama_adapter,
+    ("adapter", "mlx"): _mlx_adapter,
     ("adapter", ""): _diffusers,
     ("model", "gguf"): _llama_model,
     ("model", "transformers"): _transformers,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-LIBRARIES = {"peft": "peft", "gguf": "gguf", "peft-dump": "peft"}
+LIBRARIES = {"peft": "peft", "gguf": "gguf", "peft-dump": "peft", "mlx": "mlx"}
 """Adapter format → the library that loads it; diffusers for the rest, which are image models'."""
+
+BASE_WORDS = {"mlx": "model"}
+"""Adapter format → its config's word for the base, where that is not PEFT's."""
 
 LORA_KINDS = frozenset({"lora", "dora", "moved_base", "expert_lora", "tucker", "rows"})
 

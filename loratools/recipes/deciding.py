@@ -82,18 +82,19 @@ def decide(steps: Sequence[Step], remotes: Remotes, *, everything: bool = False)
 
 def _is_of(path: str, maker: Step) -> bool:
     """Return whether a path is, or lies in, what a step writes."""
-    return any(path == one or path.startswith(one + os.sep) for one in maker.outputs)
+    made = (*maker.outputs, *maker.beside)
+    return any(path == one or path.startswith(one + os.sep) for one in made)
 
 
 def _why(step: Step, state: State, remade: Sequence[str]) -> str | None:
-    if not all(map(os.path.lexists, step.outputs)):
-        return why_to_run(state, step.outputs)
+    if not all(map(os.path.lexists, step.written)):
+        return why_to_run(state, step.written)
     if remade:
         return f"{remade[0]} runs"
     loose = next((p for p, h in state.inputs.items() if h is None and is_reference(p)), None)
     if loose:
         return f"the commit of {loose} is not known"
-    return why_to_run(state, step.outputs)
+    return why_to_run(state, step.written)
 
 
 def output_faults(decisions: Sequence[Decision], *, overwrite: bool) -> Iterator[Fault]:
@@ -102,7 +103,7 @@ def output_faults(decisions: Sequence[Decision], *, overwrite: bool) -> Iterator
         step = decision.step
         if decision.why is None or overwrite or step.values.get("overwrite"):
             continue
-        for output in step.outputs:
+        for output in step.written:
             if os.path.lexists(output):
                 reason = f" ({decision.why})" if str(output) not in decision.why else ""
                 fault = f"step {step.name}: {output} already exists{reason}"

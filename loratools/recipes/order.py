@@ -27,12 +27,17 @@ def in_order(
         ready = next((name for name in waiting if set(needs[name]) <= set(order)), None)
         if ready is None:
             circle = _circle(needs, waiting)
-            words = " needs ".join([*circle, circle[0]])
-            faults.append(Fault(lines[circle[0]], f"steps need each other in a circle: {words}"))
+            faults.append(Fault(lines[circle[0]], _told(circle)))
             break
         order.append(ready)
         waiting.remove(ready)
     return order
+
+
+def _told(circle: Sequence[str]) -> str:
+    if len(circle) == 1:
+        return f"step {circle[0]} reads what it writes"
+    return f"steps need each other in a circle: {' needs '.join([*circle, circle[0]])}"
 
 
 def _circle(needs: Mapping[str, Sequence[str]], waiting: Sequence[str]) -> list[str]:

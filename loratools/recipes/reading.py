@@ -6,7 +6,7 @@ Words stay as they are written: ``to: no`` is the text ``no``, and ``1e-5`` need
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ import yaml
 
 from loratools.errors import InputError
 from loratools.recipes.faults import Fault, raise_faults
-from loratools.suggest import did_you_mean
+from loratools.recipes.verbs import Verb
+from loratools.suggest import did_you_mean, nearest
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -54,7 +55,7 @@ class WrittenStep:
     options: Mapping[str, Option] = field(default_factory=dict)
 
 
-def read_recipe(text: str, source: str, verbs: Collection[str]) -> tuple[WrittenStep, ...]:
+def read_recipe(text: str, source: str, verbs: Mapping[str, Verb]) -> tuple[WrittenStep, ...]:
     """Return the steps in the order of the text.
 
     Raises:
@@ -85,7 +86,8 @@ def _composed(text: str, source: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(
             f"{source}{line}: not YAML: {error.problem or error.context}",
-            hint="names and values are separated by a colon and a space, steps are indented alike, by blanks",
+            hint="names and values are separated by a colon and a space, steps are indented alike, "
+            "by blanks",
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{source}: not YAML that a recipe can be: {error}") from error
@@ -105,7 +107,9 @@ def _pairs(node: Any, faults: list[Fault]) -> Iterator[tuple[Word, Any]]:
             yield Word(key.value, line), value
 
 
-def _step(name: Word, node: Any, verbs: Collection[str], faults: list[Fault]) -> WrittenStep | None:
+def _step(
+    name: Word, node: Any, verbs: Mapping[str, Verb], faults: list[Fault]
+) -> WrittenStep | None:
     if not NAME.fullmatch(name.text):
         hint = "a step's name is letters, digits, - and _, a letter first"
         faults.append(Fault(name.line, f"{name.text!r} is no name", hint))
@@ -130,13 +134,22 @@ def _words(name: Word, node: Any, faults: list[Fault]) -> Iterator[Word]:
     for one in nodes:
         line = one.start_mark.line + 1
         if not isinstance(one, yaml.ScalarNode):
-            faults.append(Fault(line, f"{name.text}: a value is a text or a list of texts"))
+            fault = f"{name.text}: a value is a text or a list of texts"
+            faults.append(Fault(line, fault, _joined(one)))
         elif one.value or one.style:
             yield Word(one.value, line)
 
 
+def _joined(node: Any) -> str | None:
+    """Return a hint if ``adapter: 0.8`` was written with a blank, which makes a mapping of it."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    if len(pairs) == 1 and all(isinstance(one, yaml.ScalarNode) for one in pairs[0]):
+        return f"write {':'.join(one.value for one in pairs[0])}, without a blank"
+    return None
+
+
 def _no_single_verb(
-    name: Word, keys: Sequence[str], found: Sequence[str], verbs: Collection[str]
+    name: Word, keys: Sequence[str], found: Sequence[str], verbs: Mapping[str, Verb]
 ) -> Fault:
     if found:
         return Fault(
@@ -144,9 +157,17 @@ def _no_single_verb(
             f"step {name.text}: {len(found)} commands: {', '.join(found)}",
             "a step is one command; make two steps of it",
         )
-    first = keys[0] if keys else ""
     return Fault(
         name.line,
         f"step {name.text}: no command" + (f" among {', '.join(keys)}" if keys else ""),
-        did_you_mean(first, verbs),
+        _command_hint(keys, verbs),
     )
+
+
+def _command_hint(keys: Sequence[str], verbs: Mapping[str, Verb]) -> str:
+    """Return a hint on the one of a step's words that may be meant for its command."""
+    for key in keys:
+        if found := [name for name, verb in verbs.items() if key in verb.elsewhere]:
+            return f"did you mean {' or '.join(found)} for {key}?"
+    near = next((key for key in keys if nearest(key, verbs)), "")
+    return did_you_mean(near, verbs)

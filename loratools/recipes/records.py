@@ -111,7 +111,9 @@ def why_to_run(state: State, outputs: tuple[str, ...]) -> str | None:
         if record is None:
             return f"{output} is not of this recipe"
         if record.get("settings") != state.settings:
-            return "the options changed"
+            made_by = record.get("version", __version__)
+            same = made_by == __version__
+            return "the options changed" if same else f"loratools {made_by} made it"
         before = record.get("inputs", {})
         for path in (*state.inputs, *before):
             now = state.inputs.get(path)
@@ -130,6 +132,7 @@ def write_records(state: State, outputs: tuple[str, ...]) -> None:
     for output in outputs:
         document = {
             "schema": _SCHEMA,
+            "version": __version__,
             "settings": state.settings,
             "inputs": dict(state.inputs),
             "output": fingerprint(output),

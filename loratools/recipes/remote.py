@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratools.errors import LoratoolsError
 from loratools.hub.choosing import choose_adapter, choose_model, may_be_adapter
-from loratools.hub.fetching import complete
+from loratools.hub.fetching import check_access, complete
 from loratools.hub.listing import Listing, list_files
 from loratools.hub.references import parse_reference
 from loratools.hub.sketching import sketch_model
@@ -48,11 +48,11 @@ class Remote:
     def fault(self, *, adapter: bool) -> LoratoolsError | None:
         """Return what is wrong with it, as far as the names of files tell."""
         try:
-            if adapter:
-                choose_adapter(self.listing)
+            listing = self.listing
+            check_access(listing, choose_adapter(listing).files if adapter else listing.below)
         except LoratoolsError as error:
             return error
-        return self._answer if isinstance(self._answer, LoratoolsError) else None
+        return None
 
     def nbytes(self, *, adapter: bool, whole: bool) -> int:
         """Return the bytes of what a step reads there: an adapter, a model, or all there is."""

@@ -16,7 +16,7 @@ from loratools.recipes.faults import raise_faults
 from loratools.recipes.reading import read_recipe
 from loratools.recipes.records import State, write_records
 from loratools.recipes.remote import Remotes
-from loratools.recipes.sizes import Cost, estimate, shortages, stored_bytes, totals
+from loratools.recipes.sizes import Cost, bytes_beside, estimate, shortages, stored_bytes, totals
 from loratools.recipes.steps import Step, check_steps
 from loratools.recipes.verbs import Outcome, Verb
 from loratools.report import Json, Note, Report
@@ -129,8 +129,8 @@ def _execute_one(
     if outcome.code:
         done.stopped, done.code = step.name, outcome.code
     else:
-        write_records(state, step.outputs)
-    written = sum(stored_bytes(path) for path in step.outputs)
+        write_records(state, step.written)
+    written = sum(stored_bytes(path) for path in step.written)
     done.rows.append(_row(decision, bytes_written=written))
 
 
@@ -179,6 +179,7 @@ def _plan(
             cost = estimate(step, reports, sizes, remotes)
             if step.result:
                 sizes[step.result] = cost.held
+            sizes |= dict.fromkeys(step.beside, bytes_beside(reports))
             if reports:
                 done.reports[step.name] = reports
                 show(step, reports)

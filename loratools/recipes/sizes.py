@@ -64,10 +64,10 @@ def estimate(
     read = {path: _read(step, path, sizes, remotes) for path in step.inputs}
     models = sum(read[path] for path in step.models)
     adapters = sum(read.values()) - models
-    first = read[step.models[0]] if step.models else adapters
-    result = _result(step, reports, first)
-    memory = _WIDE * adapters
     makes_adapter = bool(step.verb.result and step.verb.result.adapter and step.result)
+    like_a_model = step.models and not (makes_adapter and adapters)
+    result = _result(step, reports, read[step.models[0]] if like_a_model else adapters)
+    memory = _WIDE * adapters
     if makes_adapter:
         memory += _WIDE * result
     if step.models:
@@ -89,7 +89,12 @@ def _result(step: Step, reports: Sequence[Report], otherwise: int) -> int:
     if found := held_bytes(step.result):
         return found
     said = [report.facts[name] for report in reports for name in _SIZES if name in report.facts]
-    return sum(said) if said else otherwise
+    return sum(said) + bytes_beside(reports) if said else otherwise
+
+
+def bytes_beside(reports: Sequence[Report]) -> int:
+    """Return the bytes of what is written beside the results."""
+    return sum((report.facts.get("residual") or {}).get("bytes", 0) for report in reports)
 
 
 def stored_bytes(path: str) -> int:

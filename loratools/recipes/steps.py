@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ class Step:
         models: those of them that are no adapters.
         repositories: those of them that are read whole, from the Hub.
         outputs: paths that are written.
+        beside: paths of which one may be written too.
         held: whether its result stays in memory, as ``$NAME``.
     """
 
@@ -48,7 +50,14 @@ class Step:
     models: tuple[str, ...]
     repositories: tuple[str, ...]
     outputs: tuple[str, ...]
+    beside: tuple[str, ...]
     held: bool
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Its outputs, and beside them what is there, or if nothing is, what may have been."""
+        there = tuple(path for path in self.beside if os.path.lexists(path))
+        return (*self.outputs, *(there or self.beside[:1]))
 
     @property
     def result(self) -> str | None:
@@ -92,7 +101,10 @@ def check_steps(
         faults += word_faults(draft.written, draft.verb)
         if len(faults) == before and (step := _step(draft, drafts, faults)):
             steps.append(step)
-    made = producers({name: _outputs_of(draft) for name, draft in drafts.items()})
+    second = {step.name: step.beside for step in steps}
+    made = producers(
+        {name: [*_outputs_of(one), *second.get(name, ())] for name, one in drafts.items()}
+    )
     linked = {step.name: _with_needs(step, made) for step in steps}
     for step in linked.values():
         faults += _input_faults(step, made)
@@ -155,6 +167,7 @@ def _step(draft: _Draft, drafts: Mapping[str, _Draft], faults: list[Fault]) -> S
         tuple(dict.fromkeys(models)),
         tuple(whole),
         tuple(path for path in outputs if not (draft.held and path == draft.result)),
+        tuple(verb.beside(values)),
         draft.held,
     )
 
@@ -281,7 +294,7 @@ def _collisions(steps: Sequence[Step]) -> Iterator[Fault]:
     """Yield outputs that two steps write, or that lie inside each other."""
     places: dict[Path, Step] = {}
     for step in steps:
-        for path in step.outputs:
+        for path in (*step.outputs, *step.beside):
             place = settled(Path(path))
             for other, owner in places.items():
                 if place == other or other in place.parents or place in other.parents:

@@ -62,6 +62,8 @@ class Verb:
         parse: command line → values; raises LoratoolsError for wrong usage.
         is_batch: whether these values mean one result for each of several inputs.
         run: command line → outcome.
+        beside: values → paths that the command may write beside its output.
+        elsewhere: what other tools call it.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Verb:
     parse: Callable[[Sequence[str]], Mapping[str, Any]]
     is_batch: Callable[[Mapping[str, Any]], bool]
     run: Callable[[Sequence[str]], Outcome]
+    beside: Callable[[Mapping[str, Any]], Sequence[str]] = lambda values: ()
+    elsewhere: Sequence[str] = ()
 
     @property
     def arguments(self) -> tuple[Parameter, ...]:

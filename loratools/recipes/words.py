@@ -12,6 +12,12 @@ from loratools.recipes.verbs import Parameter, Verb
 from loratools.suggest import did_you_mean
 
 TRUE, FALSE = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"})
+_OF_RUN = {
+    name: f"say it to the whole: `loratools run --{name}`"
+    for name in ("json", "quiet", "verbose", "dry-run", "all")
+}
+"""Options that steps have not, because ``run`` has them."""
+
 MENTION = re.compile(re.escape(MARK) + rf"({NAME.pattern})(.*)", re.DOTALL)
 """``$NAME``, and what follows: a strength, or a path inside."""
 
@@ -21,7 +27,7 @@ def word_faults(step: WrittenStep, verb: Verb) -> Iterator[Fault]:
     options, where = verb.options, f"step {step.name.text}"
     for name, option in step.options.items():
         if name not in options:
-            hint = did_you_mean(name, options)
+            hint = _OF_RUN.get(name) or did_you_mean(name, options)
             yield Fault(option.line, f"{where}: {verb.name} has no option {name!r}", hint)
         elif fault := _count_fault(options[name], option):
             yield Fault(option.line, f"{where}: {name}: {fault}")

@@ -17,7 +17,7 @@ from loratools.deltas import AdditiveDelta
 from loratools.deltas.spectra import in_threads
 from loratools.deltas.spectral import delta_svd, matrix_shape
 from loratools.errors import InputError, UnknownArchitectureError
-from loratools.keymaps.mlx_naming import concerns_mlx, in_transformers_names
+from loratools.keymaps.mlx_naming import concerns_mlx, meeting
 from loratools.keymaps.translate import in_one_naming
 from loratools.linalg.factored import SVD
 from loratools.linalg.spectra import energy_rank
@@ -132,7 +132,7 @@ def align(adapters: Sequence[Adapter], arch: str | None = None) -> Alignment:
 def _meeting(adapters: Sequence[Adapter], arch: str | None) -> Sequence[Adapter]:
     """Return the adapters in one naming in which at least two share a module."""
     if concerns_mlx(*{adapter.naming for adapter in adapters}):
-        adapters = in_transformers_names(adapters)
+        adapters = meeting(adapters)
     alike, _ = in_one_naming(adapters, arch)
     if not _share(alike) and alike[0].naming != "transformers":
         # Two spellings of one naming: kohya's SDXL files have original or diffusers' names.

@@ -7,34 +7,31 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from loratools.basetensors import BaseTensor, elements
+from loratools.basetensors import elements
 from loratools.codecs.ggml_grids import GGML_GRIDS
-from loratools.codecs.packers import Packer
 from loratools.deltas import RowFold
 from loratools.deltas.corner import take_corner
 from loratools.errors import (
     CorruptFileError,
-    InputError,
     LoratoolsError,
     NonFiniteError,
 )
 from loratools.streaming.packed_source import PackedSource
-from loratools.streaming.residuals import Gathering, Residual, ResidualWish
+from loratools.streaming.residuals import Gathering
 from loratools.streaming.stored import (
     Storage,
     source_storage,
-    stored_bytes,
     target_storage,
 )
-from loratools.streaming.subspaces import Losses, Rounding, Subspaces
-from loratools.tensorfiles.copying import read_at
+from loratools.streaming.subspaces import Losses, Subspaces, dot
+from loratools.streaming.works import TensorResult, TensorWork
+from loratools.tensorfiles.copying import open_source, read_at
 
 # Blocks of 2**19 elements (2 MiB in float32) stay in the caches: measured 3 to 5 times faster
 # than whole matrices. A GPU wants more work at a time.
@@ -43,95 +40,6 @@ _GPU_BLOCK = 1 << 24
 # Rounding column by column starts kernels for one column of a block: the more rows the better.
 _SHAPED_BLOCK = {"cpu": 1 << 22}
 _SHAPED_GPU_BLOCK = 1 << 26
-
-MakeFolds = Callable[[str], Sequence[RowFold]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorWork:
-    """One output tensor.
-
-    Attributes:
-        name: in the output.
-        dtype: safetensors' word or ggml's type, in the output.
-        shape: in the output.
-        source: where its values start from; a smaller one is padded with zeros at the end of
-            each dimension.
-        folds: prepares the changes on a device, or ``None`` if there are none.
-        rounding: how codes are chosen where the output has few bits; nearest, if not said.
-        packer: codes a float source into a scheme of several stored tensors.
-        whole: the packed weight that this stored tensor is a part of, if it is one.
-        role: which part.
-        residual: that what rounding to few bits leaves out is wanted, if it is.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: BaseTensor
-    folds: MakeFolds | None = None
-    rounding: Rounding | None = None
-    packer: Packer | None = None
-    whole: TensorWork | None = None
-    role: str = ""
-    residual: ResidualWish | None = None
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return elements(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the output."""
-        if self.packer:
-            fresh = self.packer.parts(self.shape, self.source.dtype).values()
-            return sum(stored_bytes(part.dtype, part.shape) for part in fresh)
-        if self.is_packed and self.source.packed:
-            parts = self.source.packed.tensors.values()
-            return sum(stored_bytes(part.dtype, part.shape) for part in parts)
-        return stored_bytes(self.dtype, self.shape)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the output is several stored tensors."""
-        own = self.source.packed is not None and self.dtype == self.source.packed.scheme
-        return own or self.packer is not None
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether the output's bytes are the source's."""
-        same = (self.dtype, self.shape) == (self.source.dtype, self.source.shape)
-        own = (self.is_packed and self.packer is None) or (same and self.source.packed is None)
-        return self.folds is None and own
-
-
-@dataclass(frozen=True, slots=True)
-class TensorResult:
-    """What folding did to one tensor.
-
-    Attributes:
-        name: in the output.
-        changed: whether any stored value differs from the source's.
-        change_norm: ‖W' − W‖ before rounding.
-        result_norm: ‖W'‖ before rounding.
-        retained: ⟨Δ', Δ⟩/‖Δ‖², how much of the change Δ is left in what is stored, Δ', where the
-            output has few bits; and so for what follows.
-        subspace_error: ‖(Δ' − Δ)V‖/‖ΔV‖ on the inputs V that the adapters act on, if known.
-        added_error: ‖Δ' − Δ‖/‖W'‖.
-        codes_changed: share of the codes that differ, where they can be compared.
-        residual: what rounding left out, where it was wanted.
-    """
-
-    name: str
-    changed: bool
-    change_norm: float
-    result_norm: float
-    retained: float | None = None
-    subspace_error: float | None = None
-    added_error: float | None = None
-    codes_changed: float | None = None
-    residual: Residual | None = field(default=None, compare=False)
 
 
 def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
@@ -145,15 +53,6 @@ def sample(work: TensorWork) -> tuple[Tensor, Tensor] | None:
     with Blocks(work, folds, Buffers(), "cpu") as blocks:
         blocks.measure()
         return blocks.first()
-
-
-def open_source(path: Path) -> int:
-    """Return a descriptor to read from; raises InputError naming the file."""
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{path}: {reason}", hint="was it moved or changed meanwhile?") from error
 
 
 class Buffers:
@@ -343,7 +242,7 @@ class Blocks:
             fold.add_change(change, weight, start, first=position == 0)
         wide.add_(change)
         made = wide - self._original(raw) if self.substitutes else change
-        self.squares[0] += _square(made)
+        self.squares[0] += dot(made, made)
         return wide, change, made
 
     def _fold_block(self, raw: Tensor, start: int) -> Tensor:
@@ -371,7 +270,7 @@ class Blocks:
 
     def _check(self, wide: Tensor, start: int) -> None:
         """Count the norm, and refuse what the output cannot hold."""
-        square = _square(wide)
+        square = dot(wide, wide)
         # No element exceeds the norm. A NaN fails every comparison, so it is looked for too.
         if not math.sqrt(square) <= torch.finfo(self.dtype).max:
             self._refuse_non_finite(wide, start)
@@ -458,17 +357,6 @@ def _non_finite_hint(value: float, dtype: str) -> str:
     if dtype == "F16":
         return "fp16 ends at 65504: try --dtype bf16, or lower the strengths"
     return "lower the strengths"
-
-
-def _square(block: Tensor) -> float:
-    """Return the sum of squares: one pass that also finds NaN and infinity."""
-    flat = block.flatten()
-    square = float(torch.dot(flat, flat))
-    if math.isfinite(square):
-        return square
-    # float32 ends at 3e38, which squares of finite weights may exceed.
-    wide = flat.to(torch.float64)
-    return float(torch.dot(wide, wide))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

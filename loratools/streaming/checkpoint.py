@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from loratools.basemodel import INDEX_SUFFIX, BaseModel, BaseTensor, Shard
+from loratools.basetensors import DTYPE_FIELDS, text_sections
 from loratools.compute import Compute
 from loratools.errors import OutputError
-from loratools.streaming.blocks import TensorResult, TensorWork
 from loratools.streaming.layouts import FileWork
 from loratools.streaming.packing import part_works
 from loratools.streaming.rewriting import Progress, rewrite
+from loratools.streaming.works import TensorResult, TensorWork
 from loratools.tensorfiles.atomic import require_space, staged_output
-from loratools.tensorfiles.dtypes import FLOAT_WORDS
+from loratools.tensorfiles.dtypes import FLOAT_NAMES, FLOAT_WORDS
 from loratools.tensorfiles.gguf_reading import Value
 from loratools.tensorfiles.sharded import encode_index
 
 DTYPE_WORDS: Mapping[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 REMOVED = object()
 """The value of a config's field that is to be taken out."""
-CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ def plan_checkpoint(
         if position == len(base.shards) - 1:
             works += added
         files.append(FileWork(_file_name(base, shard), tuple(works), shard))
-    edits = {**(config or {}), **_dtype_edit(base, dtype)}
-    return Checkpoint(base, tuple(files), edits)
+    edits = {} if dtype == "keep" else dtype_fields(base, DTYPE_WORDS[dtype])
+    return Checkpoint(base, tuple(files), {**(config or {}), **edits})
 
 
 def _works(
@@ -128,11 +128,19 @@ def output_dtype(word: str, dtype: str) -> str:
     return DTYPE_WORDS[dtype] if dtype != "keep" and word in FLOAT_WORDS else word
 
 
-def _dtype_edit(base: BaseModel, dtype: str) -> dict[str, str]:
-    if dtype == "keep" or base.config is None:
-        return {}
-    names = [name for name in ("dtype", "torch_dtype") if base.config.get(name)]
-    return dict.fromkeys(names, CONFIG_DTYPES[DTYPE_WORDS[dtype]])
+def dtype_fields(base: BaseModel, word: str) -> dict[str, str]:
+    """Return the fields of a base's config that name another float type than ``word``, set right.
+
+    Args:
+        base: the model.
+        word: safetensors' word.
+    """
+    written, sections = FLOAT_NAMES[word], text_sections(base.config)
+    return {
+        name: written
+        for name in DTYPE_FIELDS
+        if any(section.get(name) not in (None, written) for section in sections)
+    }
 
 
 def _file_name(base: BaseModel, shard: Shard) -> str:

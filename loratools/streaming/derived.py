@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from loratools.basetensors import BaseTensor, elements, find_weights
-from loratools.streaming.blocks import Buffers, TensorWork
+from loratools.streaming.blocks import Buffers
 from loratools.streaming.gathering import read_rows
 from loratools.streaming.packed_source import PackedSource
 from loratools.streaming.packing import PackingBlocks, part_works
+from loratools.streaming.works import TensorWork
 from loratools.tensorfiles.dtypes import torch_dtype
 
 Rows = Callable[[int, int], Tensor]

@@ -11,9 +11,8 @@ from torch import Tensor
 from loratools.basetensors import BaseTensor
 from loratools.errors import CorruptFileError
 from loratools.keymaps.gguf_weights import Gather
-from loratools.streaming.blocks import open_source
 from loratools.streaming.stored import source_storage
-from loratools.tensorfiles.copying import read_at
+from loratools.tensorfiles.copying import open_source, read_at
 
 _GAP = 16
 """Rows that are read and thrown away rather than read apart."""

@@ -10,7 +10,8 @@ from types import MappingProxyType
 
 from loratools.basemodel import ORIGINAL_SHAPE, Shard
 from loratools.errors import CorruptFileError
-from loratools.streaming.blocks import TensorWork, open_source
+from loratools.streaming.works import TensorWork
+from loratools.tensorfiles.copying import open_source
 from loratools.tensorfiles.gguf import GGUFHeader
 from loratools.tensorfiles.gguf_reading import Value
 from loratools.tensorfiles.gguf_writing import Entry, encode_gguf_header, padding

@@ -46,11 +46,13 @@ class PackedBlocks(Blocks):
 
 
 def _same_where_equal(grid: Grid, before: Tensor, codes: Tensor) -> Tensor:
-    """Return the codes, but the stored ones where they stand for the same (FP4 has two zeros)."""
-    if bool((grid.levels[1:] != grid.levels[:-1]).all()):
+    """Return the codes, but the stored ones where they stand for the same.
+
+    FP4 has two zeros, and where a scale is zero all codes are alike.
+    """
+    if bool((grid.levels[1:] != grid.levels[:-1]).all()) and bool(grid.scale.all()):
         return codes
-    same = grid.levels[before.int()] == grid.levels[codes.int()]
-    return torch.where(same, before, codes)
+    return torch.where(grid.values(before) == grid.values(codes), before, codes)
 
 
 def write_patch(target: int, offset: int, shape: tuple[int, ...], patch: Patch) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from loratools.basetensors import BaseTensor, elements
 from loratools.codecs.scheme_floats import CAST
 from loratools.errors import NonFiniteError
+from loratools.tensorfiles.inputs import FETCH_AGAIN
 
 
 class PackedSource:
@@ -59,5 +60,5 @@ class PackedSource:
                 raise NonFiniteError(
                     f"{self.name}: stored as {self.scheme}, but row {first // columns} is {kind}: "
                     "a scale is damaged",
-                    hint="fetch or save the file again",
+                    hint=FETCH_AGAIN,
                 )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from loratools.basetensors import BaseTensor, elements
 from loratools.codecs.packed import Patch
-from loratools.streaming.blocks import Blocks, TensorWork
+from loratools.streaming.blocks import Blocks
+from loratools.streaming.works import TensorWork
 
 
 def part_works(work: TensorWork) -> list[TensorWork]:

@@ -9,7 +9,6 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loratools.basetensors import elements
 from loratools.linalg.factored import SVD
@@ -100,7 +99,7 @@ class Gathering(AbstractContextManager["Gathering"]):
     def result(self) -> Residual:
         """Return the residual, after the last block."""
         rank = max(len(svd.values) for svd in self.found)
-        padded = tuple(_padded(svd, rank) for svd in self.found)
+        padded = tuple(svd.padded(rank) for svd in self.found)
         return Residual(padded, self.square, self.kept)
 
 
@@ -115,13 +114,3 @@ def share_kept(residuals: list[Residual]) -> float:
     """Return how much of the squares of all residuals the triplets hold; 1 of nothing."""
     whole = math.fsum(one.square for one in residuals)
     return math.fsum(one.kept for one in residuals) / whole if whole else 1.0
-
-
-def _padded(svd: SVD, rank: int) -> SVD:
-    """Return the triplets with zeros behind them, where another matrix has more."""
-    more = rank - svd.values.shape[0]
-    return SVD(
-        functional.pad(svd.left, (0, more)),
-        functional.pad(svd.values, (0, more)),
-        functional.pad(svd.right, (0, 0, 0, more)),
-    )

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from loratools.compute import Compute, one_thread_kernels
 from loratools.errors import CorruptFileError
-from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork, open_source
+from loratools.streaming.blocks import Blocks, Buffers
 from loratools.streaming.layouts import CHANGED, FileWork, layout_of
 from loratools.streaming.packed_blocks import PackedBlocks, write_patch
 from loratools.streaming.packing import PackingBlocks
-from loratools.tensorfiles.copying import copy_range, start_writeback, write_at
+from loratools.streaming.works import TensorResult, TensorWork
+from loratools.tensorfiles.copying import copy_range, open_source, start_writeback, write_at
 
 Progress = Callable[[int, int], None]
 """Called with the bytes just written and the bytes of the whole job, from several threads."""

@@ -14,6 +14,9 @@ from loratools.codecs.rounding import nearest_codes, shaped_codes, weight_of
 
 MakeBases = Callable[[str], Sequence[Tensor]]
 
+# Float32 ends at 3e38 and 1e-38: sums of squares near either end are taken again in float64.
+_SMALL = 1e-30
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounding:
@@ -76,13 +79,13 @@ class Losses:
 
     def add(self, made: Tensor, error: Tensor, start: int) -> None:
         """Count a block of the change and of the rounding's error, (rows, columns)."""
-        self.kept += _dot(error, made)
-        self.made += _dot(made, made)
-        self.added += _dot(error, error)
+        self.kept += dot(error, made)
+        self.made += dot(made, made)
+        self.added += dot(error, error)
         for rows, basis in self.subspaces.parts(start, len(made)):
             left, whole = error[rows] @ basis, made[rows] @ basis
-            self.inside += _dot(left, left)
-            self.made_inside += _dot(whole, whole)
+            self.inside += dot(left, left)
+            self.made_inside += dot(whole, whole)
 
     def count(self, before: Tensor, after: Tensor) -> None:
         """Count codes and those of them that changed."""
@@ -109,5 +112,11 @@ class Losses:
         return self.moved / self.codes if self.codes else None
 
 
-def _dot(one: Tensor, other: Tensor) -> float:
-    return float(torch.dot(one.flatten(), other.flatten()))
+def dot(one: Tensor, other: Tensor) -> float:
+    """Return the sum of the products of two blocks' elements; squares may exceed float32."""
+    flat, same = one.flatten(), other.flatten()
+    found = float(torch.dot(flat, same))
+    if math.isfinite(found) and abs(found) > _SMALL:
+        return found
+    # On the CPU, since not every device knows float64.
+    return float(torch.dot(flat.cpu().to(torch.float64), same.cpu().to(torch.float64)))

@@ -6,18 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from loratools.basemodel import (
-    BaseModel,
-    BaseTensor,
-    elements,
-    open_pipeline,
-    read_json_object,
-)
+from loratools.basemodel import BaseModel, BaseTensor, elements, open_pipeline
 from loratools.errors import UnknownArchitectureError
 from loratools.keymaps.translate import detect_base
 from loratools.report import Json, Report
 from loratools.streaming.stored import stored_bytes
 from loratools.summary.gguf_words import gguf_facts
+from loratools.tensorfiles.inputs import read_json_object
 
 
 def describe_pipeline(path: Path, given: str) -> Report:

@@ -6,9 +6,10 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
 
-from loratools.errors import CorruptFileError
+from loratools.errors import CorruptFileError, InputError
 
 _BUFFER_BYTES = 8 << 20
 # Python sees Ctrl-C between two calls only, and a call may take its time on a slow disk.
@@ -26,6 +27,15 @@ _pwrite: Callable[[int, memoryview, int], int] | None = getattr(os, "pwrite", No
 
 # Without reads and writes at an offset, threads share one file position.
 _POSITION = Lock()
+
+
+def open_source(path: Path) -> int:
+    """Return a descriptor to read from; raises InputError naming the file."""
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: {reason}", hint="was it moved or changed meanwhile?") from error
 
 
 def copy_range(

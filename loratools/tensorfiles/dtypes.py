@@ -69,6 +69,11 @@ _TORCH_NAMES = MappingProxyType(
         "U64": "uint64",
     }
 )
+FLOAT_NAMES: Mapping[str, str] = MappingProxyType(
+    {word: _TORCH_NAMES[word] for word in ("F32", "BF16", "F16", "F64")}
+)
+"""Words of plain floats → their names in torch and in ``config.json``."""
+
 _WORDS = MappingProxyType({name: word for word, name in _TORCH_NAMES.items()})
 
 

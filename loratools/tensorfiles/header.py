@@ -165,6 +165,9 @@ def _natural(digits: str) -> int | float:
 
 
 def _read_metadata(path: Path, value: Any) -> dict[str, str]:
+    if value is None:
+        # MLX writes null where there is nothing to say, and Rust's reader takes it.
+        return {}
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path}: {_METADATA} is not an object of text: {quoted(value)}")
     for key, word in value.items():

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NoReturn
 from loratools.errors import CorruptFileError, InputError, MissingFileError
 
 INCOMPLETE_HINT = "The download looks incomplete: fetch the file again."
+FETCH_AGAIN = "fetch or save the file again"
 
 # A hostile name may be a hundred megabytes long; a message stays readable.
 _SHORT = Repr()
@@ -60,6 +61,17 @@ def system_hint(error: OSError) -> str | None:
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Return a small JSON file's object; raises CorruptFileError if it holds none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{file}: not JSON ({error})", FETCH_AGAIN) from error
+    if not isinstance(config, dict):
+        raise CorruptFileError(f"{file}: not a JSON object", FETCH_AGAIN)
+    return config
 
 
 def parse_object(

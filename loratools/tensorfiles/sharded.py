@@ -14,6 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from loratools.errors import CorruptFileError, MissingFileError
+from loratools.tensorfiles.file_names import INDEX_SUFFIX, MODEL_WEIGHTS
+from loratools.tensorfiles.header import read_header
 from loratools.tensorfiles.inputs import INCOMPLETE_HINT, open_input, parse_object, quoted
 
 # Separators of every system, drive letters and streams: a shard lies beside its index.
@@ -52,6 +54,19 @@ def read_index(path: Path) -> ShardIndex:
             )
     _check_presence(path, frozenset(weight_map.values()))
     return ShardIndex(MappingProxyType(weight_map), MappingProxyType(metadata))
+
+
+def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return tensor name → shape of a Hugging Face folder's safetensors files; empty without them.
+
+    Raises CorruptFileError, MissingFileError: see ``read_index`` and ``read_header``.
+    """
+    index = folder / (MODEL_WEIGHTS[0] + INDEX_SUFFIX)
+    names = {MODEL_WEIGHTS[0]} if (folder / MODEL_WEIGHTS[0]).is_file() else set()
+    if index.is_file():
+        names = set(read_index(index).weight_map.values())
+    headers = (read_header(folder / name) for name in sorted(names))
+    return {name: spec.shape for header in headers for name, spec in header.tensors.items()}
 
 
 def check_index(index: ShardIndex, headers: Mapping[str, Collection[str]]) -> None:

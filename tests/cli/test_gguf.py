@@ -132,3 +132,19 @@ def test_quiet_and_progress_words(here: Path, run: Run, model: Path) -> None:
     assert again.code == 1
     assert "--overwrite" in again.err
     assert run("quantize", model, "-o", "out.gguf", "--to", "q5_0", "--overwrite").code == 0
+
+
+def test_rebasing_to_gguf_takes_the_names_of_the_base_it_is_for(here: Path, run: Run) -> None:
+    assert run("merge", "base", "second", "-o", "tuned").code == 0
+    words = ("rebase", "adapter", "--from", "base", "--onto", "tuned", "--rank", "2")
+    assert run(*words, "-o", "plain").code == 0
+    assert run("convert", "plain", "-o", "plain.gguf", "--to", "gguf", "--base", "tuned").code == 0
+    done = run(*words, "-o", "moved.gguf", "--to", "gguf")
+    assert done.code == 0, done.err
+    assert (here / "moved.gguf").read_bytes() == (here / "plain.gguf").read_bytes()
+
+
+@pytest.mark.usefixtures("model")
+def test_an_unknown_type_is_answered_with_types(run: Run) -> None:
+    done = run("merge", "model.gguf", "adapter", "-o", "o.gguf", "--quant", "q5_9")
+    assert done.err.endswith("Hint: did you mean q5_0 or q5_1 or q5_k?\n")

@@ -60,7 +60,9 @@ def test_a_recipe_from_the_hub_has_the_bytes_of_the_commands(
 def test_what_the_hub_has_not_is_told_before_anything_runs(
     there: HubServer, here: Path, run: Run
 ) -> None:
-    text = RECIPE.replace("hf://me/second", "hf://me/sekond").replace("revision: v1", "revision: v9")
+    text = RECIPE.replace("hf://me/second", "hf://me/sekond").replace(
+        "revision: v1", "revision: v9"
+    )
     text += "  wrong:\n    resize: hf://me/base\n    rank: 2\n    output: wrong\n"
     text += "  gone:\n    merge: [hf://me/base@v7, hf://me/adapter/no.safetensors]\n    output: g\n"
     done = play(run, text)

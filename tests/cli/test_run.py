@@ -15,8 +15,9 @@ from loratools.cli import COMMANDS, cli
 from loratools.held import hold, holding, is_held
 from loratools.recipes.verbs import Verb
 from loratools.report import SCHEMA
+from tests.gguf_demo import write_demo_gguf
 
-from .conftest import Run, tree
+from .conftest import Outcome, Run, tree
 
 RECIPE = """
 steps:
@@ -99,12 +100,21 @@ def test_json_is_one_document_with_every_report(here: Path, run: Run) -> None:
 
 
 def test_standard_input(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("steps:\n  one: {inspect: adapter}\n"))
+    def say(data: bytes) -> None:
+        # In a legacy encoding, as a terminal of Windows is.
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="cp1252"))
+
+    say(b"\xef\xbb\xbfsteps:\r\n  one: {inspect: adapter}\r\n")
     outcome = run("run", "-")
     assert outcome.code == 0
     assert outcome.out.startswith("adapter\n  what                 adapter\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("steps:\n  one: {inspekt: adapter}\n"))
+    say(b"steps:\n  one: {inspekt: adapter}\n")
     assert "did you mean inspect?" in run("run", "-").err
+    Path("\u00e9").symlink_to("adapter")
+    say("steps:\n  one: {inspect: \u00e9}\n".encode())
+    assert run("run", "-").code == 0
+    say(b"\xff\xfe")
+    assert "not UTF-8 text" in run("run", "-").err
 
 
 def test_a_plan_says_what_the_run_writes_and_writes_nothing(here: Path, run: Run) -> None:
@@ -281,3 +291,79 @@ def test_names_stand_for_values_only_inside_the_block(here: Path) -> None:
         hold("./adapter", Bundle({"x": torch.zeros(3)}))
         assert is_held(here / "adapter")
     assert not is_held("adapter")
+
+
+# ---------------------------------------------------------------------------- a second output
+
+RESIDUAL = """
+steps:
+  later:
+    convert: merged-residual.gguf
+    to: peft
+    base: base
+    output: taken
+  merged:
+    merge: [q4.gguf, "adapter:0.02"]
+    residual-rank: 2
+    output: merged.gguf
+"""
+
+
+def actions(done: Outcome) -> dict[str, str]:
+    assert done.code == 0, done.out
+    return {row["step"]: row["action"] for row in done.document["items"]}
+
+
+@pytest.fixture
+def coded(here: Path, run: Run) -> Path:
+    write_demo_gguf(here / "base", here / "plain.gguf")
+    assert run("quantize", "plain.gguf", "-o", "q4.gguf", "--to", "q4_0").code == 0
+    return here
+
+
+def test_a_step_is_known_to_write_what_rounding_left_out(coded: Path, run: Run) -> None:
+    path = recipe(RESIDUAL)
+    rows = run("run", path, "--dry-run", "--json").document["items"]
+    assert [row["step"] for row in rows] == ["merged", "later"]
+    done = run("run", path, "--json")
+    assert actions(done) == {"merged": "run", "later": "run"}
+    both = [coded / "merged.gguf", coded / "merged-residual.gguf"]
+    sizes = [file.stat().st_size for file in both]
+    assert done.document["items"][0]["bytes_written"] == sum(sizes)
+    # Tensors without headers: more than the model alone, and no more than both.
+    assert 0.9 * sum(sizes) < rows[0]["bytes_written"] <= sum(sizes)
+    assert actions(run("run", path, "--json")) == {"merged": "skip", "later": "skip"}
+    for file in both:
+        file.unlink()
+        assert "already exists" in run("run", path).err
+        done = run("run", path, "--json", "--overwrite")
+        assert actions(done) == {"merged": "run", "later": "run"}
+        assert all(one.exists() for one in both)
+
+
+def test_what_rounding_left_out_collides_like_any_output(coded: Path, run: Run) -> None:
+    text = RESIDUAL.replace("output: taken", "output: merged-residual.gguf").replace(
+        "convert: merged-residual.gguf", "convert: adapter"
+    )
+    done = run("run", recipe(text), "--dry-run")
+    assert done.code == 2
+    assert "collides with that of" in done.err
+
+
+def test_the_report_names_the_residual(coded: Path, run: Run) -> None:
+    words = ["merge", "q4.gguf", "adapter:0.02", "-o", "m.gguf", "--residual-rank", "2", "--json"]
+    planned = run(*words, "--dry-run").document["facts"]["residual"]
+    told = run(*words).document["facts"]["residual"]
+    share = told.pop("share_captured")
+    assert planned.pop("share_captured") is None
+    assert planned == told
+    assert 0 < share < 1
+    tensors = load_adapter("m-residual.gguf").layers.values()
+    exact = sum(4 * layer.up.numel() + 4 * layer.down.numel() for layer in tensors)
+    assert (told["bytes"], told["path"]) == (exact, "m-residual.gguf")
+
+
+def test_a_residual_of_another_merge_is_warned_of(coded: Path, run: Run) -> None:
+    words = ["merge", "q4.gguf", "-o", "m.gguf", "--overwrite"]
+    assert run(*words, "adapter:0.02", "--residual-rank", "2").code == 0
+    assert "Warning: m-residual.gguf" in run(*words, "second").err

@@ -82,6 +82,8 @@ def _language(folder: Path) -> Iterator[tuple[str, Case]]:
     convert_adapter(adapter, folder / "adapter.gguf", to="gguf", base=base)
     yield "peft", Case(adapter, base, None, folder)
     yield "gguf", Case(folder / "adapter.gguf", base, None, folder)
+    convert_adapter(adapter, folder / "mlx", to="mlx")
+    yield "mlx", Case(folder / "mlx", base, None, folder)
 
 
 def _images(folder: Path) -> Iterator[tuple[str, Case]]:
@@ -162,7 +164,7 @@ def take(case: Case, row: FormatRow, out: Path) -> None:
 def give(case: Case, row: FormatRow, out: Path) -> None:
     """Convert and compose an adapter in another format."""
     image = "comfyui.safetensors" if row.name == "kohya" else "kohya.safetensors"
-    language = "adapter" if row.name == "gguf" else "adapter.gguf"
+    language = "adapter.gguf" if row.name == "peft" else "adapter"
     source = case.folder / (language if case.arch is None else image)
     again = {"to": row.name, "arch": case.arch and "flux1", "base": case.language}
     convert_adapter(source, out / "converted", **again)

@@ -94,7 +94,8 @@ def golden_cases() -> Iterator[tuple[str, Path]]:
     """Yield each golden adapter with the format it is in: the name of the folder it lies in."""
     for row in FORMATS:
         for case in sorted((GOLDEN / row.name).glob("*")):
-            if any(case.glob("adapter_model.*")) or case.suffix in (".safetensors", ".gguf"):
+            folder = any(case.glob("adapter_model.*")) or any(case.glob("adapters.*"))
+            if folder or case.suffix in (".safetensors", ".gguf"):
                 yield row.name, case
 
 
@@ -137,6 +138,8 @@ def native(adapter: Adapter, row: FormatRow, *, biases: bool = True) -> Adapter:
     """
     if row.name == "gguf":
         return for_llama_cpp(adapter)
+    if row.name == "mlx":
+        return for_mlx(adapter)
     if row.name not in NAMINGS:
         return adapter
     layers = {
@@ -165,6 +168,34 @@ def for_llama_cpp(adapter: Adapter) -> Adapter:
             layers[path] = one_alpha(delta)
     spare = LoRA(make_tensor(1, 1, 2), make_tensor(2, 2, 1), 1.0)
     return Adapter(in_natural_order(layers or {"spare": spare}), naming="gguf", arch="llama")
+
+
+def for_mlx(adapter: Adapter) -> Adapter:
+    """Return what of an adapter a model of mlx-lm's could have: matrices, one rank, one scale."""
+    layers: dict[str, LayerDelta] = {}
+    for path, delta in adapter.layers.items():
+        inner = getattr(delta, "inner", delta)
+        role = getattr(inner, "role", "linear")
+        if role.startswith("attention") or (role == "embedding" and inner is not delta):
+            continue
+        kernel = isinstance(inner, LoRA) and len(inner.weight_shape) > 2
+        if not kernel:
+            layers[path] = one_scale(delta)
+    spare = LoRA(make_tensor(1, 1, 2), make_tensor(2, 2, 1), 4.0)
+    return Adapter(in_natural_order(layers or {"spare": spare}), naming="mlx")
+
+
+def one_scale(delta: LayerDelta) -> LayerDelta:
+    """Return the delta at rank 1 and alpha 4, of factors and stacks of them."""
+    if isinstance(delta, DoRA):
+        inner = one_scale(delta.inner)
+        assert isinstance(inner, LoRA)
+        return replace(delta, inner=inner)
+    if isinstance(delta, LoRA):
+        return replace(delta, down=delta.down[:1], up=delta.up[:, :1], alpha=4.0, bias=None)
+    if isinstance(delta, ExpertLoRA):
+        return replace(delta, down=delta.down[:, :1], up=delta.up[..., :1], alpha=4.0)
+    return delta
 
 
 def one_alpha(delta: LayerDelta) -> LayerDelta:

@@ -81,15 +81,15 @@ def execute(command: str) -> str:
 def in_process(command: str) -> tuple[int, str, str]:
     """Run loratools; returns code, stdout, stderr. Only where nothing is piped, they are one."""
     _, *words = shlex.split(command)
-    source = io.StringIO()
+    data = b""
     if "<" in words:
         position = words.index("<")
-        source = io.StringIO(Path(words[position + 1]).read_text("utf-8"))
+        data = Path(words[position + 1]).read_bytes()
         del words[position : position + 2]
     out = err = io.StringIO()
     if "--json" in words:
         err = io.StringIO()
-    before, sys.stdin = sys.stdin, source
+    before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
     try:
         with redirect_stdout(out), redirect_stderr(err):
             code = cli.run(words)

@@ -13,7 +13,7 @@ import pytest
 
 from loratools._cli import type_names
 from loratools.codecs.ggml_mixes import MIXES
-from loratools.planning.packing import PACKED_TARGETS
+from loratools.planning.pack_targets import PACKED_TARGETS
 from loratools.planning.quantising import block_types
 
 from .test_commands import ROOT

@@ -28,6 +28,7 @@ merge base adapter -o o1
 merge base adapter:0.5 style -o o2 --dtype bf16 --dry-run
 merge q8.gguf tiny -o o3.gguf
 merge plain.gguf tiny -o o4.gguf --quant q6_k
+merge q8.gguf tiny -o o5.gguf --residual-rank 1
 unmerge o1 adapter -o u1
 unmerge o1 -o u2 --base base
 unmerge o3.gguf -o u3.gguf --base q8.gguf

@@ -38,6 +38,7 @@ from tests.gguf_bases import (
     KEYS,
     VOCABULARY,
     Q,
+    assert_same_change,
     convert,
     lora,
     plain,
@@ -183,7 +184,9 @@ def test_a_base_is_needed(tmp_path: Path) -> None:
 def test_the_folder_that_the_adapter_names_is_its_base(tmp_path: Path) -> None:
     base = write_config(tmp_path / "base").parent
     words = {"adapter_config.json": json.dumps({"base_model_name_or_path": str(base)})}
-    convert(replace(plain(), metadata=words), tmp_path, None)
+    made = convert(replace(plain(), metadata=words), tmp_path, None)
+    told = convert(plain(), tmp_path / "told", base)
+    assert_same_change(loratools.load_adapter(made), loratools.load_adapter(told))
 
 
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:

@@ -69,17 +69,24 @@ def gguf(folder: Path) -> Path:
     return folder / "a.gguf"
 
 
+def mlx(folder: Path) -> Path:
+    convert_adapter(peft(folder), folder / "mlx", to="mlx")
+    return folder / "mlx"
+
+
 ROUND_TRIPS = [
     (peft, LLAMA, {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}, "peft"),
     (kohya, SDXL, {"ink.safetensors"}, "diffusers"),
     (diffusers, SDXL, {"pytorch_lora_weights.safetensors"}, "diffusers"),
     (gguf, LLAMA, {"a.gguf"}, "gguf"),
+    (mlx, LLAMA, {"adapters.safetensors", "adapter_config.json"}, "mlx"),
 ]
 SNIPPETS = {
     peft: 'PeftModel.from_pretrained(base, "me/lora")',
     kohya: 'load_lora_weights("me/lora", weight_name="ink.safetensors")',
     diffusers: 'weight_name="pytorch_lora_weights.safetensors"',
     gguf: "llama-cli -m base.gguf --lora a.gguf",
+    mlx: f"mlx_lm.generate --model {LLAMA} --adapter-path adapter",
 }
 
 

@@ -29,6 +29,15 @@ def test_is_the_dense_svd(rows: int, rank: int, columns: int, batch: tuple[int, 
         assert torch.allclose(found.right @ found.right.mT, unit, atol=1e-10)
 
 
+def test_more_triplets_and_the_transpose_are_of_the_same_product() -> None:
+    up, down = make_tensor(1, 9, 3).double(), make_tensor(2, 3, 7).double()
+    found = factored_svd(up, down)
+    padded, turned = found.padded(5), found.transposed
+    assert (padded.left.shape, padded.values.shape, padded.right.shape) == ((9, 5), (5,), (5, 7))
+    assert torch.allclose((padded.left * padded.values) @ padded.right, up @ down, atol=1e-12)
+    assert torch.allclose((turned.left * turned.values) @ turned.right, (up @ down).T, atol=1e-12)
+
+
 def test_small_values_keep_their_digits() -> None:
     """Singular values down to 1e-9 of the largest, where float32 has none left at 1e-7."""
     wanted = torch.logspace(0, -9, 10, dtype=torch.float64)

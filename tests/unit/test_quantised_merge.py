@@ -317,6 +317,78 @@ def test_another_type_is_shaped_on_the_scales_it_gets(tmp_path: Path) -> None:
     assert item["subspace_error"] < 0.2
 
 
+def test_types_without_a_grid_are_rounded_to_nearest_and_said_so(tmp_path: Path) -> None:
+    weight, name = large(64, 256), "blk.0.ffn_up.weight"
+    raw = GGML_TYPES["IQ4_XS"].codec.encode(weight)
+    save_gguf(tmp_path / "base.gguf", words(), [block_entry(name, "IQ4_XS", (64, 256), raw)])
+    write_lora(tmp_path / "adapter", 10 * weight, "model.layers.0.mlp.up_proj")
+    notes = {}
+    for rounding in ("nearest", "adapter-aware"):
+        out = tmp_path / f"{rounding}.gguf"
+        report = merge_into_base(
+            tmp_path / "base.gguf", tmp_path / "adapter", out, rounding=rounding
+        )
+        notes[rounding] = [n.message for n in report.notes if "no grid of IQ4_XS" in n.message]
+    assert notes == {
+        "nearest": [],
+        "adapter-aware": [
+            "1 tensors are rounded to nearest, since adapter-aware rounding has no grid of IQ4_XS: "
+            + name
+        ],
+    }
+    assert (tmp_path / "nearest.gguf").stat().st_size > 0
+
+
+# ── scales at the ends of float32 ──
+
+
+def scaled_base(tmp_path: Path, scales: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """An NF4 base with these scales; returns its tensors and the largest of its weights."""
+    packed = quantise_bnb4(torch.randn(64, 64), "nf4")
+    packed = replace(packed, parts={**packed.parts, "absmax": scales})
+    packed_base(tmp_path / "base", packed, {"quant_method": "bitsandbytes"})
+    return written(tmp_path / "base"), packed.decode(0, 64)
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1e25, 1e33])
+def test_the_report_is_right_where_squares_leave_float32(tmp_path: Path, size: float) -> None:
+    _, weight = scaled_base(tmp_path, torch.full((64,), size))
+    # ΔW = 2 · size in the last rows; in units of size, so that the oracle's squares are at hand.
+    change = write_lora(tmp_path / "adapter", 30 * weight.double().float()) / size
+    report = merge_into_base(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", quant="keep"
+    )
+    (item,) = report.items
+    codes = written(tmp_path / "out")[f"{TOUCHED}.weight"].flatten()
+    table = torch.tensor(written(tmp_path / "base")[f"{TOUCHED}.weight.quant_map"].tolist())
+    nibbles = torch.stack([codes >> 4, codes & 15], dim=1).flatten().long()
+    start = weight.double() / size
+    made = table.double()[nibbles].view(64, 64) - start
+    error = made - change
+    share = float((made * change).sum() / change.square().sum())
+    assert item["retained"] == pytest.approx(share, rel=1e-3)
+    norm = float((start + change).norm())
+    assert item["added_error"] == pytest.approx(float(error.norm()) / norm, rel=1e-3)
+    assert item["change_norm"] == pytest.approx(size * float(change.norm()), rel=1e-3)
+    assert report.facts["retained"] == pytest.approx(share, rel=1e-3)
+    assert item["subspace_error"] > 0
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adapter-aware"])
+def test_codes_under_a_scale_of_zero_stay(tmp_path: Path, rounding: str) -> None:
+    scales = torch.ones(64)
+    scales[:32] = 0.0
+    before, weight = scaled_base(tmp_path, scales)
+    write_lora(tmp_path / "adapter", 30 * weight)
+    merge_into_base(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", quant="keep", rounding=rounding
+    )
+    name = f"{TOUCHED}.weight"
+    old, new = before[name].flatten(), written(tmp_path / "out")[name].flatten()
+    assert torch.equal(old[: 32 * 32], new[: 32 * 32])
+    assert not torch.equal(old, new)
+
+
 # ── experts that are stored turned over (gpt-oss) ──
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from loratools import __version__
 from loratools.errors import InputError, LoratoolsError, MissingFileError, OptionError, OutputError
 from loratools.recipes.order import in_order
 from loratools.recipes.reading import read_recipe
@@ -61,7 +62,8 @@ class Shop:
 
 def _verb(name: str, parameters: Sequence[Parameter], run: Any) -> Verb:
     parse = partial(_parse, parameters)
-    return Verb(name, tuple(parameters), None, parse, lambda values: False, run)
+    other = ("glue",) if name == "join" else ()
+    return Verb(name, tuple(parameters), None, parse, lambda values: False, run, elsewhere=other)
 
 
 def _number(text: str) -> float:
@@ -345,3 +347,30 @@ def test_only_a_commit_of_the_hub_stays_as_it_is() -> None:
     assert fingerprint("hf://me/model") is None
     assert fingerprint("hf://me/model@main/x") is None
     assert fingerprint("hf://me/model@" + "0a" * 20) is not None
+
+
+# ---------------------------------------------------------------------------- hints
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("{glue: [a], output: x}", "did you mean join for glue?"),
+        ("{output: x, jion: [a]}", "did you mean join?"),
+        ("{join: [x], output: x}", "reads what it writes"),
+        ("{join: [a, b: 0.5], output: x}", "write b:0.5, without a blank"),
+        ("{join: [a], output: x, quiet: true}", "loratools run --quiet"),
+        ("{join: [a], output: x, dry-run: true}", "loratools run --dry-run"),
+    ],
+)
+def test_a_fault_says_what_to_write_instead(shop: Shop, step: str, words: str) -> None:
+    with pytest.raises(LoratoolsError) as caught:
+        run(shop, f"steps:\n  one: {step}\n")
+    assert words in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_another_version_is_named(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(shop, CHAIN)
+    monkeypatch.setattr("loratools.recipes.records.__version__", "99.0")
+    with pytest.raises(OutputError, match=f"loratools {__version__} made it"):
+        run(shop, CHAIN)

@@ -22,7 +22,7 @@ from loratools.deltas import DoRA, ExpertLoRA, LayerDelta, LoRA, MovedBase, Repl
 from loratools.deltas.base import ShiftFold
 from loratools.errors import CorruptFileError, LoratoolsError, NonFiniteError, OutputError
 from loratools.streaming import blocks
-from loratools.streaming.blocks import Blocks, Buffers, TensorResult, TensorWork
+from loratools.streaming.blocks import Blocks, Buffers
 from loratools.streaming.checkpoint import (
     Checkpoint,
     edited_config,
@@ -30,6 +30,7 @@ from loratools.streaming.checkpoint import (
     plan_checkpoint,
     write_checkpoints,
 )
+from loratools.streaming.works import TensorResult, TensorWork
 from loratools.tensorfiles.dtypes import dtype_word
 
 Tensors = dict[str, Tensor]

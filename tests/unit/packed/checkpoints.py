@@ -126,12 +126,25 @@ ENTRIES = {
         compressed("mxfp8-quantized", num_bits=8, type="float", group_size=32),
     ),
     "mxfp6": Entry("mxfp6", _BLOCKS, compressed("mxfp6-pack-quantized", num_bits=6, type="float")),
+    "mxfp4": Entry(
+        "mxfp4-rows", _BLOCKS, compressed("mxfp4-pack-quantized", num_bits=4, type="float")
+    ),
+    "int8 with scales": Entry(
+        "int-whole", {"weight": ".weight", "scale": ".weight_scale"}, {"quant_method": "modelopt"}
+    ),
     "torchao int8": Entry("int-rows", _TORCHAO, {"quant_method": "torchao"}, "Int8Tensor"),
     "torchao intx": Entry(
         "int-4-groups", _TORCHAO, {"quant_method": "torchao"}, "IntxUnpackedToInt8Tensor"
     ),
     "torchao float8": Entry("fp8-row", _TORCHAO, {"quant_method": "torchao"}, "Float8Tensor"),
     "torchao int4": Entry("int4-pairs", _TORCHAO, {"quant_method": "torchao"}, "Int4Tensor"),
+    "torchao mxfp8": Entry("fp8-exponents-32", _TORCHAO, {"quant_method": "torchao"}, "MXTensor"),
+    "torchao nvfp4": Entry(
+        "nvfp4-modelopt",
+        {**_TORCHAO, "scale_2": "._weight_per_tensor_scale"},
+        {"quant_method": "torchao"},
+        "NVFP4Tensor",
+    ),
     "mlx": Entry("mlx-4", _MLX, {"bits": 4, "group_size": 32}),
     "mlx 5": Entry("mlx-5", _MLX, {"bits": 5, "group_size": 32}),
 }
@@ -168,9 +181,9 @@ def header(entry: Entry, cases: Mapping[str, Case]) -> dict[str, str]:
     said = {}
     for module, case in cases.items():
         weight: Any = case.weight
-        across = getattr(weight, "block", None) or (1, weight.columns)
+        sizes = {"Int4Tensor": [1, 16], "MXTensor": 32, "NVFP4Tensor": 16}
         attributes = {
-            "block_size": [1, 16] if entry.subclass == "Int4Tensor" else list(across),
+            "block_size": sizes.get(entry.subclass) or list(weight.block or (1, weight.columns)),
             "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
             "target_dtype": {"_type": "torch.dtype", "_data": f"int{getattr(weight, 'bits', 8)}"},
         }

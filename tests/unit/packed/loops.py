@@ -255,6 +255,19 @@ def mxfp4() -> Case:
     return Case(MXFP4Weight((2, 6, 96), {"blocks": blocks, "scales": scales}), element)
 
 
+def mxfp4_in_rows() -> Case:
+    """As compressed-tensors and torchao store it: a matrix, the bytes of a row side by side."""
+    blocks = torch.randint(0, 256, (6, 48), dtype=torch.uint8)
+    scales = torch.randint(110, 130, (6, 3), dtype=torch.uint8)
+
+    def element(row: int, column: int) -> float:
+        byte = int(blocks[row, column // 2])
+        code = byte >> 4 if column % 2 else byte & 15
+        return _e2m1(code) * 2.0 ** (int(scales[row, column // 32]) - 127)
+
+    return Case(MXFP4Weight((6, 96), {"blocks": blocks, "scales": scales}), element)
+
+
 def nvfp4(*, divided: bool) -> Case:
     weight = torch.randint(0, 256, (6, 32), dtype=torch.uint8)
     scale = (torch.rand(6, 4) * 20).to(torch.float8_e4m3fn)
@@ -366,6 +379,7 @@ CASES: dict[str, Callable[[], Case]] = {
         for bits in range(1, 9)
     },
     "mxfp4": mxfp4,
+    "mxfp4-rows": mxfp4_in_rows,
     "nvfp4-modelopt": lambda: nvfp4(divided=False),
     "nvfp4-compressed-tensors": lambda: nvfp4(divided=True),
     **{

@@ -125,3 +125,17 @@ def test_shaping_keeps_what_nearest_erases(make) -> None:
     assert retained(shaped) > 0.99
     left = ((grid.values(shaped) - wanted) @ basis).norm() / (change @ basis).norm()
     assert left < 0.06
+
+
+def test_scales_next_to_zero_upset_no_other_group(grid: Grid) -> None:
+    """Errors counted in units of such a scale would exceed float32."""
+    scale = grid.scale.clone()
+    scale[::2, 0], scale[1, :] = 1e-41, -1e-38
+    tiny, basis = replace(grid, scale=scale), torch.linalg.qr(torch.randn(128, 4)).Q
+    target = 0.02 * torch.randn(32, 128)
+    codes = shaped_codes(target, tiny, basis, 100.0)
+    zero = shaped_codes(
+        target, replace(grid, scale=scale.where(scale.abs() > 1e-30, 0)), basis, 100.0
+    )
+    assert int(codes.max()) < len(grid.levels)
+    torch.testing.assert_close(tiny.values(codes), tiny.values(zero), rtol=0, atol=1e-6)

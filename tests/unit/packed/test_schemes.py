@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from loratools.basemodel import open_base
+from loratools.codecs.bnb4 import STORAGES
 from loratools.codecs.bnb4_weight import quantise_bnb4
+from loratools.codecs.scheme_rows import SCHEMES
 from loratools.codecs.schemes import find_packed
 from loratools.errors import CorruptFileError, UnsupportedError
+from loratools.tensorfiles.dtypes import dtype_word, torch_dtype
 
+from .checkpoints import ENTRIES, write_base
 from .loops import CASES
-
-WORDS = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
-    torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.uint32: "U32",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Spec:
 
 
 def specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
-    return {name: Spec(WORDS[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    return {name: Spec(dtype_word(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
 
 
 def found(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None):
@@ -110,6 +110,19 @@ def test_a_scheme_is_found_by_its_tensors(name: str) -> None:
     assert torch.equal(built.decode(0, rows), case.weight.decode(0, rows))
 
 
+WITHOUT_CHECKPOINT = {"mxfp4", "mlx mxfp4", "mlx nvfp4", "mlx mxfp8", "torchao"}
+"""Stacks, words that are seen as bytes, and what is refused: they have tests of their own here."""
+
+
+def test_every_row_has_a_checkpoint(tmp_path: Path) -> None:
+    """What is in ``ENTRIES`` is merged, rounded, dequantised and broken by the tests beside."""
+    seen = set()
+    for name in ENTRIES:
+        base = open_base(write_base(tmp_path / name, name).path)
+        seen |= {weight.packed.scheme for weight in base.packed if weight.packed}
+    assert {scheme.name for scheme in SCHEMES} - seen == WITHOUT_CHECKPOINT
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_bitsandbytes_is_found_by_its_state(kind: str, nested: bool) -> None:
@@ -140,6 +153,37 @@ def test_a_bitsandbytes_model_may_have_been_cast(nested: bool) -> None:
     codes = torch.stack([flat >> 4, flat & 15], 1).flatten().long()
     values = tensors["m.weight.quant_map"][codes].view(-1, 32) * absmax[:, None]
     torch.testing.assert_close(decoded, values.view(6, 64), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("word", STORAGES)
+def test_bitsandbytes_bytes_may_be_declared_as_any_type(word: str) -> None:
+    tensors = bnb_tensors("nf4", nested=False)
+    viewed = {**tensors, "m.weight": tensors["m.weight"].view(-1).view(torch_dtype(word))}
+    plain, other = (
+        packing.build({p: stored[n] for p, n in packing.names.items()}).decode(0, 6)
+        for stored in (tensors, viewed)
+        for packing in found(stored)
+    )
+    assert torch.equal(other, plain)
+
+
+@pytest.mark.parametrize("config", [{}, {"quant_method": "fp8", "weight_block_size": [128, 128]}])
+def test_as_many_blocks_as_rows_are_no_scales_of_rows(config: Mapping[str, Any]) -> None:
+    """A projection of 3 heads from 3 blocks of inputs: its scales are (1, 3)."""
+    scale = torch.tensor([[1.0, 2.0, 4.0]])
+    tensors = {
+        "m.weight": torch.ones(3, 300).to(torch.float8_e4m3fn),
+        "m.weight_scale_inv": scale,
+    }
+    (packing,) = found(tensors, config)
+    weight = packing.build({"weight": tensors["m.weight"], "scale": scale})
+    row = torch.cat([torch.full((128,), 1.0), torch.full((128,), 2.0), torch.full((44,), 4.0)])
+    assert torch.equal(weight.decode(0, 3), row.expand(3, 300))
+    # One for each row says so by its shape.
+    tensors["m.weight_scale_inv"] = scale.T.contiguous()
+    (packing,) = found(tensors, config)
+    weight = packing.build({"weight": tensors["m.weight"], "scale": scale.T})
+    assert torch.equal(weight.decode(0, 3), scale.T.expand(3, 300))
 
 
 def test_experts_of_gpt_oss_are_found_under_their_own_name() -> None:
