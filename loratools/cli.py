@@ -18,7 +18,7 @@ import click
 
 from loratools import __version__
 from loratools._cli.output import Output, wants_json
-from loratools._cli.usage import NoSuchCommand
+from loratools._cli.usage import HELP, NoSuchCommand
 from loratools.errors import LoratoolsError, OptionError
 from loratools.tensorfiles.inputs import system_hint
 
@@ -79,7 +79,7 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=dict(HELP),
     epilog="Each command's --help has examples. Exit codes: 0 done, 1 failed for a stated "
     "reason, 2 wrong usage, 130 interrupted.",
 )

@@ -64,7 +64,8 @@ def push_to_hub(  # noqa: PLR0913 - one keyword for each option of the command
         InputError: files that cannot be read; HubError, if the Hub does not answer.
         UploadError: no base model, a conflict of licences, a card that the Hub refuses, no right
             to write.
-        OptionError: an unknown relation, two branches, or a path inside the repository.
+        OptionError: an unknown relation, two branches, a proposal to a branch that is not there,
+            or a path inside the repository.
     """
     target, revision = _target(path, repo_id, revision)
     if relation not in (None, *RELATIONS):
@@ -73,6 +74,11 @@ def push_to_hub(  # noqa: PLR0913 - one keyword for each option of the command
     if not dry_run:
         check_login(target)
     there = look_at(target, revision)
+    if create_pr and revision and not there.has_revision:
+        raise OptionError(
+            f"{target} has no branch {revision} to propose a change of",
+            hint="leave --revision out, or push to it without --create-pr first",
+        )
     text = _card_text(card, there, contents)
     bases = _bases(base_model, text, contents)
     stated = {"license": license, "base_model_relation": relation}

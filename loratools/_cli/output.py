@@ -172,7 +172,7 @@ _DONE = {
 }
 
 
-_ITEMS_ALWAYS = frozenset({"run"})
+_ITEMS_ALWAYS = frozenset({"run", "formats", "methods"})
 """Operations whose items are the answer, beside their facts."""
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import click
 
 from loratools.suggest import nearest
+
+HELP: Mapping[str, Any] = {"help_option_names": ["-h", "--help"]}
+"""Settings of every command's context: click keeps what the first one that is made says."""
 
 _COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("merge", ("fuse", "bake", "apply", "fold", "merge-lora", "merge_and_unload")),

@@ -13,7 +13,7 @@ import click
 from loratools._cli.batch import split_inputs
 from loratools._cli.options import RepositoryParam
 from loratools._cli.output import Output
-from loratools._cli.usage import other_names
+from loratools._cli.usage import HELP, other_names
 from loratools.errors import OptionError
 from loratools.recipes.verbs import Outcome, Parameter, Role, Verb
 from loratools.report import Report
@@ -123,7 +123,7 @@ def _where_it_goes(param: click.Parameter | None) -> str | None:
 
 
 def _context(command: click.Command, words: Sequence[str], out: Output | None) -> click.Context:
-    return command.make_context(command.name, list(words), obj=out)
+    return command.make_context(command.name, list(words), obj=out, **HELP)
 
 
 def _is_batch(command: click.Command, values: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ import click
 import pytest
 
 from loratools import __version__, merge_into_base, summarize_files, unmerge_from_base
+from loratools._cli.usage import HELP
 from loratools.cli import COMMANDS
 from loratools.compose import compose_adapters
 from loratools.convert import convert_adapter
@@ -249,7 +250,7 @@ REQUIRED = {
 @pytest.mark.parametrize("name", TWINS)
 def test_defaults_are_those_of_the_twin(name: str) -> None:
     parameters = inspect.signature(TWINS[name]).parameters
-    values = command(name).make_context(name, list(REQUIRED[name])).params
+    values = command(name).make_context(name, list(REQUIRED[name]), **HELP).params
     optional = {
         key: value.default for key, value in parameters.items() if value.default is not value.empty
     }

@@ -117,6 +117,10 @@ def test_standard_input(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert "not UTF-8 text" in run("run", "-").err
 
 
+def test_a_listing_is_an_answer(here: Path, run: Run) -> None:
+    assert "\n  kohya " in run("run", recipe("steps:\n  one: {formats: }\n")).out
+
+
 def test_a_plan_says_what_the_run_writes_and_writes_nothing(here: Path, run: Run) -> None:
     before = tree(here)
     text = RECIPE.replace("    rank: 3\n", "    rank: 3\n    output: both\n")

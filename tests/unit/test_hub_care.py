@@ -105,6 +105,16 @@ def test_the_repository_s_own_revision_counts(there: HubServer, tmp_path: Path) 
         push_to_hub(path, "hf://me/lora/sub", base_model=base)
 
 
+def test_a_proposal_makes_no_branch(there: HubServer, tmp_path: Path) -> None:
+    path = adapter(tmp_path)
+    push_to_hub(path, "me/lora", base_model=["free/model"])
+    for repo in ("me/lora", "me/new"):
+        with pytest.raises(OptionError, match="has no branch exp"):
+            push_to_hub(path, repo, base_model=["free/model"], create_pr=True, revision="exp")
+    assert set(there.repos["me/lora"].branches) == {"main"}
+    assert "me/new" not in there.repos
+
+
 def test_path_and_repository_the_wrong_way_round(there: HubServer, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         push_to_hub("me/lora", str(adapter(tmp_path)))

@@ -353,8 +353,11 @@ def scaled_base(tmp_path: Path, scales: Tensor) -> tuple[dict[str, Tensor], Tens
 @pytest.mark.parametrize("size", [1e-33, 1e-25, 1e25, 1e33])
 def test_the_report_is_right_where_squares_leave_float32(tmp_path: Path, size: float) -> None:
     _, weight = scaled_base(tmp_path, torch.full((64,), size))
-    # ΔW = 2 · size in the last rows; in units of size, so that the oracle's squares are at hand.
-    change = write_lora(tmp_path / "adapter", 30 * weight.double().float()) / size
+    # Everything in units of size, so that the squares here are at hand.
+    change = write_lora(tmp_path / "adapter", 30 * (weight.double() / size).float())
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    factors = load_file(adapter)
+    save_file({n: t * (size if "lora_B" in n else 1) for n, t in factors.items()}, adapter)
     report = merge_into_base(
         tmp_path / "base", tmp_path / "adapter", tmp_path / "out", quant="keep"
     )
