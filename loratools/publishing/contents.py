@@ -30,6 +30,7 @@ from loratools.tensorfiles.file_names import (
     WEIGHT_SUFFIXES,
 )
 from loratools.tensorfiles.inputs import open_input, read_json_object
+from loratools.tensorfiles.missing import no_such_path
 
 CARD = "README.md"
 _BASE_WORDS = ("ss_base_model", "base_model", "ss_sd_model_name")
@@ -220,7 +221,9 @@ def _card_beside(folder: Path) -> str | None:
 
 
 def read_card_file(file: Path) -> str:
-    """Return a card's text, its line ends untouched; raises InputError if it is no UTF-8 text."""
+    """Return a card's text, its line ends untouched; raises InputError if absent or no text."""
+    if not file.is_file():
+        raise no_such_path(file, "file")
     with open_input(file) as opened:
         raw = opened.read()
     try:

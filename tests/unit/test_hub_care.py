@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from loratools.demo import make_adapter, make_base
-from loratools.errors import HubError, LoratoolsError, OptionError, OutputError
+from loratools.errors import HubError, LoratoolsError, MissingFileError, OptionError, OutputError
 from loratools.pull import pull_from_hub
 from loratools.push import push_to_hub
 from tests.hub_server import HubServer
@@ -119,6 +119,13 @@ def test_path_and_repository_the_wrong_way_round(there: HubServer, tmp_path: Pat
     with pytest.raises(OptionError) as caught:
         push_to_hub("me/lora", str(adapter(tmp_path)))
     assert caught.value.hint == "the path comes first, then OWNER/NAME"
+
+
+def test_a_card_that_is_not_there(there: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("# Mine\n")
+    with pytest.raises(MissingFileError) as caught:
+        push_to_hub(adapter(tmp_path), "me/x", base_model=["free/model"], card=tmp_path / "crad.md")
+    assert "card.md" in (caught.value.hint or "")
 
 
 # ---------------------------------------------------------------------------- pull
