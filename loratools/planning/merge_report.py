@@ -48,7 +48,10 @@ def touched_tensors(job: MergeJob, results: Results) -> list[Touched]:
     for component, plan in job.plans.items():
         works = plan.checkpoint.works
         for name, result in results[component].items():
-            found.append(Touched(plan.placements.get(name, ()), works[name].dtype, result))
+            work = works[name]
+            landed = plan.placements.get(name, ())
+            shaped = work.rounding is not None and work.rounding.strength is not None
+            found.append(Touched(landed, work.dtype, result, shaped))
     return found
 
 

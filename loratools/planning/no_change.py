@@ -16,11 +16,15 @@ from loratools.tensorfiles.dtypes import DTYPES, torch_dtype
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """One output tensor that was folded: what landed on it, its dtype, what became of it."""
+    """One output tensor that was folded: what landed on it, its dtype, what became of it.
+
+    ``shaped`` tells that its codes were chosen with the adapters in view.
+    """
 
     placements: Sequence[Placement]
     dtype: str
     result: TensorResult
+    shaped: bool = False
 
 
 def refuse_untrained(placements: Iterable[Placement]) -> None:
@@ -54,12 +58,18 @@ def refuse_no_change(tensors: Sequence[Touched]) -> None:
     if all(tensor.dtype not in DTYPES for tensor in tensors):
         raise MatchError(
             "the merge changes nothing: rounding to the base's few bits undoes every change",
-            hint="use --rounding adapter-aware, or a wider type: --quant dequantize",
+            hint=_more_room(tensors),
         )
     raise MatchError(
         "the merge changes nothing: every change is below the base's precision",
         hint="raise the strength, or write a wider type with --dtype fp32",
     )
+
+
+def _more_room(tensors: Sequence[Touched]) -> str:
+    if any(tensor.shaped for tensor in tensors):
+        return "raise the strength or --rounding-strength, or take a wider type: --quant dequantize"
+    return "use --rounding adapter-aware, or a wider type: --quant dequantize"
 
 
 def _cancels(tensor: Touched) -> bool:

@@ -72,7 +72,6 @@ HOSTILE: list[tuple[str, bytes, list[str]]] = [
     ),
     ("repeated metadata", framed(b'{"__metadata__":{},"__metadata__":{}}'), ["twice"]),
     ("metadata a list", file_of(0, __metadata__=[]), ["__metadata__ is not an object"]),
-    ("metadata null", file_of(0, __metadata__=None), ["__metadata__ is not an object"]),
     ("metadata number", file_of(0, __metadata__={"a": 1}), ["'a' is not text: 1"]),
     ("metadata nested", file_of(0, __metadata__={"a": {}}), ["'a' is not text"]),
     ("entry a number", file_of(0, w=3), ["'w'", "3 is not an object"]),
@@ -240,11 +239,20 @@ def test_never_more_lenient_than_the_library(
     }
 
 
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    """MLX writes it so where there is none, and the library reads it."""
+    path = tmp_path / "x"
+    path.write_bytes(file_of(1, __metadata__=None, w=("U8", (1,), (0, 1))))
+    header = read_header(path)
+    assert [(name, view["shape"]) for name, view in deserialize(path.read_bytes())] == [("w", [1])]
+    assert list(header.tensors) == ["w"]
+    assert not header.metadata
+
+
 KINDER = {
     "leading space",
     "repeated name",
     "repeated metadata key",
-    "metadata null",
     "unknown field",
 }
 """What the library lets pass. A row that moves in or out of here is news."""

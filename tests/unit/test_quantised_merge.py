@@ -517,8 +517,13 @@ def test_words_that_mean_nothing_are_refused(tmp_path: Path, options: dict) -> N
 def test_rounding_everything_away_is_an_error(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "nf4")
     write_adapter(tmp_path / "adapter", base, size=1e-5)
-    with pytest.raises(MatchError, match="few bits"):
-        merge_into_base(base.path, tmp_path / "adapter", tmp_path / "out", quant="keep")
+    given = (base.path, tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(MatchError, match="few bits") as nearest:
+        merge_into_base(*given, quant="keep")
+    assert "adapter-aware" in str(nearest.value.hint)
+    with pytest.raises(MatchError, match="few bits") as shaped:
+        merge_into_base(*given, rounding="adapter-aware", rounding_strength=1e-3)
+    assert "--rounding-strength" in str(shaped.value.hint)
 
 
 # ── taken out again ──
