@@ -110,7 +110,7 @@ class _Chosen:
     """The codes of a group's columns, one column after another."""
 
     def __init__(self, search: Search, wanted: Tensor) -> None:
-        self.search = search
+        self.search, self.middles = search, search.middles
         self.uniform = search.middles is None
         dtype = torch.float32 if self.uniform else torch.int64
         self.columns = torch.empty(wanted.shape, dtype=dtype, device=wanted.device)
@@ -119,9 +119,11 @@ class _Chosen:
     def nearest(self, index: int, aim: Tensor) -> Tensor:
         """Choose a column's codes, and return their levels (rows,)."""
         line, search = self.lines[index], self.search
-        if self.uniform:
+        if self.middles is None:
             return torch.round(aim, out=line).clamp_(search.first, search.last)
-        return search.levels.index_select(0, line.copy_(search.codes(aim)))
+        # One call beats the table of cells here: several threads do this at once, and with short
+        # calls they wait for the interpreter's lock rather than for numbers.
+        return search.levels.index_select(0, torch.bucketize(aim, self.middles, out=line))
 
     def codes(self) -> Tensor:
         """Return the codes (columns, rows), uint8."""
