@@ -219,7 +219,7 @@ def draw_sums(axis: Any, case: Case, stored: Mapping[str, Tensor]) -> None:
 def save(figure: Any, path: Path) -> None:
     """Write a figure on a white ground, for pages of any colour, the same bytes each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None, "Creator": None}
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(path, metadata=metadata if path.suffix == ".svg" else None, facecolor="white")
     print(path)
 

@@ -116,9 +116,7 @@ def extract_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
     changes = plan_changes(pair, family, target, full)
     chosen = _chosen(changes, include, exclude, full)
     _check_rank(chosen, wish)
-    files = [file for one in opened for file in one.files]
-    folder = target.is_folder(output)
-    check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=files)
+    _check_output(output, target, opened, overwrite=overwrite)
     jobs = [Job(change, elements(change.pair.shape)) for change in chosen]
     every = sum(_nbytes(job.item) for job in jobs)
     done = partial(_tell, progress, every) if progress is not None else None
@@ -150,6 +148,14 @@ def extract_adapter(  # noqa: PLR0913 - one keyword for each option of the comma
 
 def _open(path: Path) -> Opened:
     return open_pipeline(path) if is_pipeline(path) else open_base(path)
+
+
+def _check_output(
+    output: PathLike, target: Format, opened: Sequence[Opened], *, overwrite: bool
+) -> None:
+    inputs = [file for one in opened for file in one.files]
+    folder = target.is_folder(output)
+    check_destination(Path(output), folder=folder, overwrite=overwrite, inputs=inputs)
 
 
 def _check_wish(wish: Wish) -> None:
